@@ -1,0 +1,36 @@
+# make demo [ROWS=1000000]   the whole job on a real cohort, with a local object store, Prefect and Ray
+# make test | test-all       the tests | with the slow ones
+# make lint | clean | bench-accuracy [BENCH=../shared/bench]
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BENCH ?= ../shared/bench
+READY := .venv/.ready
+
+.PHONY: demo test test-all lint clean bench-accuracy
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	.venv/bin/mmimpute demo $(if $(ROWS),--rows $(ROWS))
+
+test: $(READY)
+	.venv/bin/pytest
+
+test-all: $(READY)
+	.venv/bin/pytest -m "slow or not slow"
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench-accuracy: $(READY)
+	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Installing the pinned set into .venv: some minutes, once."
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Prefect flows: a handful of tasks, each one library call."""

@@ -1,0 +1,129 @@
+"""The population-scale run as a Prefect flow.
+
+    python -m flows.population run.toml
+
+Runs on an ephemeral Prefect with nothing else started, and against a server where PREFECT_API_URL is set. A retry
+resumes: every stage finds in storage what an earlier try has done.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+for _name, _value in {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+
+from mmimpute import population
+from mmimpute.console import report_errors, watch
+from mmimpute.errors import MmimputeError
+from mmimpute.spec import RunConfig, read_config
+
+Record = dict[str, Any]
+
+
+def mendable(task, run, state) -> bool:
+    """Whether another try may help: not where the user has to mend something first."""
+    try:
+        state.result()
+    except MmimputeError:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+RETRIES = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": mendable}
+
+
+def progress(key: str, part: str, whole: str) -> Callable[[dict], None]:
+    """A callback that shows progress on the console and in a Prefect artifact."""
+    artifact = create_progress_artifact(0.0, key=key)
+    show = watch(key)
+
+    def update(record: dict) -> None:
+        show(record)
+        if record.get(whole):
+            update_progress_artifact(artifact, progress=min(100.0, 100.0 * record.get(part, 0) / record[whole]))
+
+    return update
+
+
+@task(**RETRIES)
+def plan(config: RunConfig) -> Record:
+    planned = population.plan(config)
+    rows = [{"shard": shard, "set aside because": error} for shard, error in planned["set_aside"].items()]
+    create_table_artifact(rows or [{k: planned[k] for k in ("shards", "rows", "new")}], key="plan")
+    return planned
+
+
+@task(**RETRIES)
+def fit(config: RunConfig, plan_name: str) -> Record:
+    fitted = population.fit(config, plan_name, progress("fit", "epoch", "epochs"))
+    create_link_artifact(fitted["model"], key="model", description="trained" if fitted["trained"] else "the champion still stands")
+    return fitted
+
+
+@task(**RETRIES)
+def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
+    found = population.evaluate(config, plan_name, model)
+    create_table_artifact([{"modality": m, "skill": s} for m, s in found["skill"].items()], key="accuracy")
+    return found
+
+
+@task(**RETRIES)
+def impute(config: RunConfig, plan_name: str, model: str) -> Record:
+    return population.impute(config, plan_name, model, progress("impute", "imputed", "of"))
+
+
+@task(**RETRIES)
+def commit(config: RunConfig, plan_name: str, model: str) -> Record:
+    done = population.commit(config, plan_name, model)
+    create_table_artifact([{k: done[k] for k in ("table", "version", "added", "removed")}], key="commit")
+    return done
+
+
+@task(**RETRIES)
+def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
+    written = population.report(config, stages, seconds)
+    create_link_artifact(written["report"], key="report")
+    return written
+
+
+@flow(name="population-run")
+def population_run(config: RunConfig) -> Record:
+    """One population-scale run: plan, fit, evaluate, impute, commit, report. Returns what each stage did.
+
+    Raises SetAside at the end where shards had to be set aside; the others are published by then.
+    """
+    seconds: dict[str, float] = {}
+    stages: dict[str, Record] = {}
+
+    def stage(name: str, run: Callable[..., Record], *arguments) -> Record:
+        began = time.perf_counter()
+        stages[name] = run(config, *arguments)
+        seconds[name] = time.perf_counter() - began
+        return stages[name]
+
+    plan_name = stage("plan", plan)["plan"]
+    model = stage("fit", fit, plan_name)["model"]
+    stage("evaluate", evaluate, plan_name, model)
+    stage("impute", impute, plan_name, model)
+    stage("commit", commit, plan_name, model)
+    stage("report", report, stages, seconds)
+    population.raise_if_set_aside(population.set_aside(stages))
+    return stages
+
+
+if __name__ == "__main__":
+    with report_errors():
+        population_run(read_config(sys.argv[1]))

@@ -1,0 +1,279 @@
+"""The command line: it parses, calls one job, and shows what came of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mmimpute import __version__
+from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.console import accuracy_table, console, report_errors, set_aside_table, watch
+from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
+app.add_typer(store_app, name="store")
+
+Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
+ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]
+Output = Annotated[str, typer.Option(help="URL to write to")]
+Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
+StoreFolder = Annotated[Path, typer.Option(help="where the store keeps its data, credentials and log")]
+DEFAULT_HOME = Path(".mmimpute")
+MOST_FEATURES = 40  # shown of a modality
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Fill in the missing modalities of patient records, at population scale.
+
+    Start with `mmimpute demo`, or with `mmimpute describe` on your own shards.
+    """
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def describe(
+    shards: Annotated[str, typer.Argument(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")],
+    write: Annotated[Path | None, typer.Option(help="write the drafted cohort spec to this file")] = None,
+    address: Address = None,
+) -> None:
+    """Profile the shards in one streaming pass and draft the cohort spec.
+
+    Example: mmimpute describe s3://bucket/cohort/ --write cohort.toml
+    """
+    from mmimpute import jobs
+
+    found = jobs.describe_cohort(shards, ClusterSettings(address=address), watch("describe"))
+    _show_profile(found["profile"])
+    if write:
+        write.write_text(found["spec"], encoding="utf-8")
+        console.print(f"\nspec drafted: {escape(str(write))}")
+    else:
+        console.print("\n" + escape(found["spec"]))
+    _finish(found["set_aside"])
+
+
+def _show_profile(profile: dict) -> None:
+    names, rows = list(profile["modalities"]), profile["rows"]
+    overview = _table(f"{rows:,} records", "modality", "records", "share", "features", "values observed", "kinds")
+    together = _table("Records that hold both", "modality", *names)
+    for at, (name, m) in enumerate(profile["modalities"].items()):
+        kinds = ", ".join(sorted({f["kind"] for f in m["features"]}))
+        observed = sum(f["observed"] for f in m["features"]) / max(1, rows * len(m["features"]))
+        overview.add_row(name, f"{m['present']:,}", f"{m['present'] / rows:.1%}", str(len(m["features"])), f"{observed:.1%}", kinds)
+        together.add_row(name, *(f"{n:,}" if n >= SMALLEST_GROUP or n == 0 else f"<{SMALLEST_GROUP}" for n in profile["together"][at]))
+    features = _table("Features (ranges leave out the ten lowest and highest)", "feature", "kind", "observed", "mean", "std", "range")
+    for name, m in profile["modalities"].items():
+        for f in m["features"][:MOST_FEATURES]:
+            numbers = ["-" if f[k] is None else f"{f[k]:.4g}" for k in ("mean", "std", "low", "high")]
+            features.add_row(f"{name}: {escape(f['name'])}", f["kind"], f"{f['observed']:,}", *numbers[:2], f"{numbers[2]} to {numbers[3]}")
+        if len(m["features"]) > MOST_FEATURES:
+            features.add_row(f"{name}: and {len(m['features']) - MOST_FEATURES} more")
+    for table in (overview, together, features):
+        console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("modality", "feature", "kind", "kinds", "range") else "right")
+    return table
+
+
+@app.command()
+def fit(
+    spec: Annotated[Path, typer.Option(help="the cohort spec, a TOML file")],
+    shards: Shards,
+    model: Annotated[str, typer.Option(help="URL to keep the model at")],
+    workers: Annotated[int, typer.Option(help="training workers; 0 = one per GPU, or one")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="at most; default: by the number of records")] = None,
+    seed: int = 0,
+    address: Address = None,
+) -> None:
+    """Fit a model to a cohort; a second call resumes, or finds that the model still stands.
+
+    Example: mmimpute fit --spec cohort.toml --shards s3://bucket/cohort/ --model s3://bucket/model/
+    """
+    from mmimpute import jobs, planning
+
+    found = planning.survey(shards, read_spec(spec))
+    settings = FitSettings(workers=workers, epochs=epochs, seed=seed)
+    fitted = jobs.fit_model(found, model, settings, ClusterSettings(address=address), watch("fit"))
+    what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
+    console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")
+    _finish(found.set_aside | fitted["set_aside"])
+
+
+@app.command()
+def impute(
+    model: ModelUrl,
+    shards: Shards,
+    output: Output,
+    draws: Annotated[int, typer.Option(help="also write this many joint draws of what is missing")] = 0,
+    latent: Annotated[bool, typer.Option(help="also write z0, the shared latent mean")] = False,
+    seed: int = 0,
+    actors: Annotated[int, typer.Option(help="imputing actors; 0 = one per CPU")] = 0,
+    gpus_per_actor: float = 0,
+    address: Address = None,
+) -> None:
+    """Write enriched shards and commit them as the next version of a Delta table.
+
+    Example: mmimpute impute --model s3://bucket/model/ --shards s3://bucket/cohort/ --output s3://bucket/enriched/
+    """
+    from mmimpute import jobs
+
+    settings = ImputeSettings(draws=draws, latent=latent, seed=seed)
+    cluster = ClusterSettings(address=address, actors=actors, gpus_per_actor=gpus_per_actor)
+    done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"))
+    committed = done["committed"]
+    console.print(
+        f"{done['rows']:,} records imputed in {done['seconds']['all']:.0f} s ({done['done_before']} of {done['shards']} shards were done before); "
+        f"table version {committed['version']}: {escape(output)}"
+    )
+    _finish(done["set_aside"])
+
+
+@app.command()
+def generate(
+    model: ModelUrl,
+    output: Output,
+    n: Annotated[int, typer.Option("--n", min=1, help="number of synthetic records")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    address: Address = None,
+) -> None:
+    """Write synthetic records: all modalities, the cohort's columns, subject ids marked as synthetic.
+
+    Example: mmimpute generate --model s3://bucket/model/ --n 100000 --output s3://bucket/synthetic/
+    """
+    from mmimpute import jobs
+
+    done = jobs.generate_cohort(model, output, n, seed, ClusterSettings(address=address), watch("generate"))
+    console.print(f"{done['rows']:,} synthetic records in {done['shards']} shards: {escape(output)}")
+
+
+@app.command()
+def evaluate(model: ModelUrl, shards: Shards, address: Address = None) -> None:
+    """Score imputations on the shards' held-out subjects against the column mean.
+
+    Example: mmimpute evaluate --model s3://bucket/model/ --shards s3://bucket/cohort/
+    """
+    from mmimpute import jobs, planning, registry
+
+    place = registry.locate(model)
+    found = planning.survey_for(shards, registry.describe(place).cohort)
+    console.print(accuracy_table(jobs.evaluate_model(found, place, ClusterSettings(address=address))))
+    _finish(found.set_aside)
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")]) -> None:
+    """Run the whole job as a Prefect flow: plan, fit, evaluate, impute, commit, report.
+
+    Example: mmimpute run run.toml    (on a Prefect server where PREFECT_API_URL is set)
+
+    The file: title, spec (a path or a table), shards, model, output, and optional tables \\[fit], \\[impute], \\[cluster].
+    """
+    from mmimpute.spec import read_config
+
+    output = read_config(config).output  # mistakes are told before Prefect starts
+    code = run_flow(config)
+    if code in (0, 3):
+        show_run(output)
+    raise typer.Exit(code)
+
+
+def run_flow(config: Path) -> int:
+    """The flow stands above the command line, so it is executed, not imported. Returns its exit code."""
+    quiet = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}  # Prefect would print a user's mistake as a traceback
+    return subprocess.run([sys.executable, "-m", "flows.population", str(config)], env=quiet | os.environ, check=False).returncode
+
+
+def show_run(output: str) -> None:
+    """What the run that made the table's newest version did, and where everything is."""
+    from mmimpute.population import last_record
+
+    record = last_record(output)
+    if record is None:
+        return
+    console.print(accuracy_table(record["evaluation"]))
+    if record["shards"]["set_aside"]:
+        console.print(set_aside_table(record["shards"]["set_aside"]))
+    console.print(f"enriched table  {escape(record['table_url'])}  (Delta Lake, version {record['table_version']})")
+    console.print(f"model           {escape(record['model_url'])}")
+    console.print(f"report          {escape(record['report_url'])}")
+
+
+@app.command()
+def demo(
+    rows: Annotated[int, typer.Option(help="resample the cohort to this many records; 0 = as it is")] = 0,
+    home: Annotated[Path, typer.Option(help="where the object store, the configuration and the report go")] = DEFAULT_HOME,
+) -> None:
+    """Run the main job on real data: NHANES 2017-2018 in an object store on this machine.
+
+    Example: mmimpute demo --rows 1000000
+    """
+    from mmimpute.demo import run_demo
+
+    raise typer.Exit(run_demo(home, rows))
+
+
+@store_app.command()
+def start(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
+    """Start the store, or find it running, and print the variables that clients need.
+
+    Example: eval "$(mmimpute store start)"
+    """
+    from mmimpute import store
+
+    for name, value in store.start(folder).environment().items():
+        print(f"export {name}={value}")
+
+
+@store_app.command()
+def stop(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
+    """Stop the store; its data stay.
+
+    Example: mmimpute store stop
+    """
+    from mmimpute import store
+
+    console.print("stopped" if store.stop(folder) else "was not running")
+
+
+@store_app.command()
+def status(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
+    """Say whether the store runs, and where. Exit code 1 where it does not.
+
+    Example: mmimpute store status
+    """
+    from mmimpute import store
+
+    endpoint = store.status(folder)
+    console.print(f"running at {endpoint.url}" if endpoint else "not running")
+    if endpoint is None:
+        raise typer.Exit(1)
+
+
+def _finish(set_aside: dict[str, str]) -> None:
+    """Good shards are done; bad ones are named, and the exit code says so."""
+    if set_aside:
+        console.print(set_aside_table([{"shard": s, "error": e} for s, e in set_aside.items()]))
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    """The console command: errors that a user can mend are one message and an exit code."""
+    with report_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Training with Ray Train: Ray Data streams the shards to the ranks, DDP averages their gradients.
+
+A rank keeps its share of the records when that fits into memory, and streams them again in every epoch when it does
+not: an epoch over a Ray Data iterator costs seconds even for a small cohort.
+"""
+
+import copy
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import torch
+from pyarrow.fs import FileType
+from ray import train
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.util.queue import Empty, Queue
+
+from mmimpute.cluster import runtime
+from mmimpute.cluster.ingest import records
+from mmimpute.data import storage
+from mmimpute.data.schema import CohortSchema
+from mmimpute.data.shards import Shard
+from mmimpute.data.tensors import split
+from mmimpute.model.config import ModelConfig
+from mmimpute.model.standardise import FeatureStatistics
+from mmimpute.model.vae import MultiModalVAE
+from mmimpute.spec import FitSettings
+from mmimpute.training import Batch, OptimiserSettings, Schedule, Training, schedule, summarise
+
+STATE = "state.pt"
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+TUNE_BATCH = 1024
+RESTARTS = 3  # of the workers, after a crash
+Progress = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training run depends on. `name` makes a second run resume the first."""
+
+    name: str
+    shards_url: str
+    shards: list[Shard]
+    schema: CohortSchema
+    config: ModelConfig
+    statistics: dict[str, dict[str, np.ndarray]]
+    rows: int
+    settings: FitSettings
+
+
+@dataclass(frozen=True)
+class Fitted:
+    module: MultiModalVAE
+    history: list[dict[str, float]]
+
+
+def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
+    """Trains, or resumes training, and returns the best averaged weights and one record per epoch.
+
+    Checkpoints stand under `<home>/_training/<name>` until they are cleared.
+    """
+    workers = job.settings.workers or max(1, runtime.gpus())
+    filesystem, place = storage.arrow_filesystem(storage.join(home, "_training"))
+    filesystem.create_dir(place)
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=_loop_config(job, workers) | {"queue": queue},
+        datasets={name: records(job.shards_url, job.shards, job.schema, name) for name in ("train", "tune")},
+        dataset_config=train.DataConfig(execution_options=_ordered()),
+        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=_gpus(job) > 0, resources_per_worker=_resources(job, workers)),
+        run_config=train.RunConfig(
+            name=job.name,
+            storage_path=place,
+            storage_filesystem=filesystem,
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+            failure_config=train.FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+    with _forwarded(queue, on_epoch):
+        result = trainer.fit()
+    state = _read_state(result.checkpoint)
+    module = MultiModalVAE.from_state(job.config, state["best"]["weights"])
+    return Fitted(module, state["best"]["history"])
+
+
+def clear(home: str, name: str) -> None:
+    """Removes a finished run's checkpoints."""
+    filesystem, place = storage.arrow_filesystem(storage.join(home, "_training"))
+    if filesystem.get_file_info(f"{place}/{name}").type == FileType.Directory:
+        filesystem.delete_dir(f"{place}/{name}")
+
+
+def _loop_config(job: Job, workers: int) -> dict[str, Any]:
+    plan = schedule(job.rows // workers, job.settings.batch_size, job.settings.epochs)
+    return {
+        "config": asdict(job.config),
+        "statistics": job.statistics,
+        "plan": asdict(plan),
+        "settings": asdict(OptimiserSettings(seed=job.settings.seed)),
+        "patience": job.settings.patience,
+        "cache_share": job.settings.cache_share,
+        "widths": [len(m.features) for m in job.schema.modalities],
+    }
+
+
+def _gpus(job: Job) -> float:
+    return job.settings.gpus_per_worker or (1 if runtime.gpus() else 0)
+
+
+def _resources(job: Job, workers: int) -> dict[str, float]:
+    """Workers that held every CPU would wait for ever for the tasks that read their data."""
+    cpus = min(1.0, (runtime.cpus() - 1) / workers) or 0.5
+    return {"CPU": cpus} | ({"GPU": _gpus(job)} if _gpus(job) else {})
+
+
+def _ordered() -> ray.data.ExecutionOptions:
+    return ray.data.ExecutionOptions(preserve_order=True)
+
+
+def _forwarded(queue: Queue, on_epoch: Progress):
+    """Passes what the workers put into the queue on to a callback, in a thread, while the driver waits."""
+
+    class Forwarded:
+        def __enter__(self):
+            self.done = threading.Event()
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
+
+        def run(self):
+            while not self.done.is_set() or not queue.empty():
+                try:
+                    on_epoch(queue.get(timeout=0.5))
+                except Empty:
+                    continue
+
+        def __exit__(self, *exc):
+            self.done.set()
+            self.thread.join(timeout=10)
+            queue.shutdown()
+
+    return Forwarded()
+
+
+class RankRecords:
+    """This rank's training records: in memory where they fit into `limit` bytes, else streamed anew every epoch.
+
+    In memory they are in the order of their hash, so that an epoch does not depend on the order in which they came.
+    """
+
+    def __init__(self, shard: ray.data.DataIterator, device: torch.device, limit: float):
+        self.shard, self.device, self.limit = shard, device, limit
+        self.x_ND = self._load()
+
+    def _load(self) -> torch.Tensor | None:
+        pieces, places, size = [], [], 0
+        for batch in self.shard.iter_batches(batch_format="numpy", batch_size=None):
+            pieces.append(batch["x"])
+            places.append(batch["place"])
+            size += batch["x"].nbytes
+            if size > self.limit:
+                return None
+        order = np.argsort(np.concatenate(places), kind="stable")
+        return torch.from_numpy(np.concatenate(pieces)[order]).to(self.device)
+
+    def epoch(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
+        """`steps` shuffled batches of `size` records."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.x_ND is None:
+            yield from self._stream(seed, size, steps)
+            return
+        order = torch.randperm(len(self.x_ND), generator=generator).to(self.device)
+        while len(order) < steps * size:  # a rank may hold a few records fewer than planned
+            order = torch.cat([order, order])
+        for step in range(steps):
+            yield self.x_ND[order[step * size : (step + 1) * size]]
+
+    def _stream(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
+        left = steps
+        while left:
+            options = {"batch_size": size, "drop_last": True, "local_shuffle_buffer_size": 16 * size, "local_shuffle_seed": seed}
+            for batch in self.shard.iter_torch_batches(**options):
+                yield batch["x"].to(self.device)
+                left -= 1
+                if not left:
+                    return
+
+
+def train_loop(loop: dict[str, Any]) -> None:
+    """One rank: load or resume, then per epoch train, tune, report, until the tune loss stops falling."""
+    context = train.get_context()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    training, plan, best = _prepare(loop, context.get_world_rank())
+    if checkpoint := train.get_checkpoint():
+        state = _read_state(checkpoint)
+        training.load_state_dict(state["training"])
+        best = state["best"]
+    device = training.device
+    share = loop["cache_share"] * psutil.virtual_memory().total / context.get_local_world_size()
+    data = RankRecords(train.get_dataset_shard("train"), device, share)
+    tune = RankRecords(train.get_dataset_shard("tune"), device, share)
+    reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None)
+    if best["stopped"]:
+        reporter.report({}, last=True)
+    while not best["stopped"]:
+        epoch, began = len(best["history"]), time.perf_counter()
+        seed = loop["settings"]["seed"] * 100_003 + epoch
+        steps = [training.step(*split(x, loop["widths"])) for x in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
+        tuned = summarise(_all_reduce(training.tune(_batches(tune, loop["widths"])), device))
+        seconds = time.perf_counter() - began
+        rows = plan.steps_per_epoch * plan.batch * context.get_world_size()
+        record = {"epoch": epoch + 1, "epochs": plan.epochs, "seconds": seconds, "rows_per_second": rows / seconds}
+        record |= {name: sum(s[name] for s in steps) / len(steps) for name in ("loss", "elbo", "impute")}
+        record |= {f"tune_{name}": value for name, value in tuned.items()}
+        _judge(best, record, training, loop["patience"], plan)
+        reporter.report(record, last=best["stopped"])
+
+
+def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[str, Any]]:
+    torch.manual_seed(loop["settings"]["seed"])  # equal weights on every rank before DDP broadcasts them
+    statistics = {name: FeatureStatistics(**arrays) for name, arrays in loop["statistics"].items()}
+    model = MultiModalVAE(ModelConfig.from_dict(loop["config"]), statistics).to(get_device())
+    plan = Schedule(**loop["plan"])
+    settings = OptimiserSettings(**loop["settings"])
+    training = Training(model, settings, plan.total_steps, lambda m: prepare_model(m, move_to_device=False), rank)
+    return training, plan, {"loss": math.inf, "epoch": 0, "weights": {}, "history": [], "stopped": False}
+
+
+def _batches(tune: RankRecords, widths: list[int]) -> Iterator[Batch]:
+    """A tune split that does not fit into memory is judged on its first part."""
+    if tune.x_ND is None:
+        for x in tune.epoch(0, TUNE_BATCH, 64):
+            yield split(x, widths)
+        return
+    for x in tune.x_ND.split(TUNE_BATCH):
+        yield split(x, widths)
+
+
+def _all_reduce(sums: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sums over all ranks."""
+    if not torch.distributed.is_initialized():
+        return sums
+    total = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(sums, total.tolist(), strict=True))
+
+
+def _judge(best: dict[str, Any], record: dict, training: Training, patience: int, plan: Schedule) -> None:
+    """Keeps the best averaged weights; equal on every rank, as the tune loss is."""
+    best["history"].append(record)
+    if record["tune_loss"] < best["loss"]:
+        weights = {name: copy.deepcopy(t.detach().cpu()) for name, t in training.average.state_dict().items()}
+        best |= {"loss": record["tune_loss"], "epoch": record["epoch"], "weights": weights}
+    best["stopped"] = record["epoch"] >= plan.epochs or record["epoch"] - best["epoch"] >= patience
+
+
+class Reporter:
+    """Metrics at every epoch; from rank 0 now and then a checkpoint of model, optimiser, schedule and best weights."""
+
+    def __init__(self, training: Training, best: dict[str, Any], queue: Queue | None):
+        self.training, self.best, self.queue, self.saved = training, best, queue, time.monotonic()
+
+    def report(self, record: dict[str, float], last: bool) -> None:
+        """Every rank must call this equally often: it is a barrier."""
+        if self.queue is None:
+            train.report(record)
+            return
+        if record:
+            self.queue.put(record)
+        if not last and time.monotonic() - self.saved < SECONDS_BETWEEN_CHECKPOINTS:
+            train.report(record)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"training": self.training.state_dict(), "best": self.best}, Path(folder) / STATE)
+            train.report(record, checkpoint=train.Checkpoint.from_directory(folder))
+        self.saved = time.monotonic()
+
+
+def _read_state(checkpoint: train.Checkpoint) -> dict[str, Any]:
+    with checkpoint.as_directory() as folder:
+        return torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)

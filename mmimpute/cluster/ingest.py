@@ -1,0 +1,107 @@
+"""Shards into Ray Data: one row per shard where a shard is the unit of work, one row per record where records are."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from mmimpute.data import storage
+from mmimpute.data.arrow import decode, flat
+from mmimpute.data.profile import Statistics, merge, observe, sample_share
+from mmimpute.data.schema import CohortSchema
+from mmimpute.data.shards import Shard, read_table
+from mmimpute.data.split import Split, member, position
+from mmimpute.errors import DataError
+
+MOST_BLOCKS = 2_000  # of a dataset of shards: enough to balance the work, few enough for the driver
+
+
+def shard_dataset(shards: list[Shard]) -> Dataset:
+    """One shard = one row."""
+    per_block = max(1, -(-len(shards) // MOST_BLOCKS))
+    groups = [shards[i : i + per_block] for i in range(0, len(shards), per_block)]
+    return ray.data.from_arrow([pa.table(dict(zip(Shard._fields, map(list, zip(*g, strict=True)), strict=True))) for g in groups])
+
+
+def shards_of(batch: pa.Table) -> Iterable[Shard]:
+    return (Shard(**row) for row in batch.to_pylist())
+
+
+def profile(
+    url: str, shards: list[Shard], schema: CohortSchema, rows: int, training_only: bool, on_progress: Callable[[int], None] = lambda done: None
+) -> tuple[Statistics, dict[str, str]]:
+    """One streaming pass over the shards: their merged statistics, and the shards set aside with the reason.
+
+    Raises DataError where no shard is good.
+    """
+    share = sample_share(rows, schema.width)
+
+    def observe_batch(batch: pa.Table) -> dict[str, np.ndarray]:
+        (shard,) = shards_of(batch)
+        try:
+            found, error = observe(read_table(url, shard, schema), schema, shard.key, share, training_only), None
+        except DataError as problem:
+            found, error = None, problem
+        return {"found": _objects(found), "error": _objects(error)}
+
+    total, errors, done = None, {}, 0
+    results = shard_dataset(shards).map_batches(observe_batch, batch_size=1, batch_format="pyarrow")
+    for row in results.iter_rows():
+        if row["error"] is not None:
+            errors[row["error"].shard] = row["error"]
+        else:
+            total = row["found"] if total is None else merge(total, row["found"])
+        done += 1
+        on_progress(done)
+    if total is None:
+        raise next(iter(errors.values()))
+    return total, {shard: str(error) for shard, error in errors.items()}
+
+
+def _objects(value) -> np.ndarray:
+    column = np.empty(1, object)
+    column[0] = value
+    return column
+
+
+def records(url: str, shards: list[Shard], schema: CohortSchema, split: Split) -> Dataset:
+    """Records of one split, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id."""
+    filesystem, root = storage.arrow_filesystem(url)
+    paths = [f"{root}/{s.key}" for s in shards]
+    raw = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None).select_columns(schema.columns)
+
+    def to_records(batch: pa.Table) -> dict[str, np.ndarray]:
+        place = position(batch.column(schema.subject_id))
+        chosen = member(place, split)
+        batch = batch.filter(pa.array(chosen))
+        return {"x": flat(decode(batch, schema, "being read")), "place": place[chosen]}
+
+    return raw.map_batches(to_records, batch_format="pyarrow")
+
+
+def take(dataset: Dataset, most: int) -> np.ndarray:
+    """At most `most` records in memory, n x width: those first in the order of their hash, whatever order they came in."""
+    x, place = None, None
+    for batch in dataset.iter_batches(batch_format="numpy", batch_size=None):
+        x = batch["x"] if x is None else np.concatenate([x, batch["x"]])
+        place = batch["place"] if place is None else np.concatenate([place, batch["place"]])
+        first = np.argsort(place, kind="stable")[:most]
+        x, place = x[first], place[first]
+    return x
+
+
+def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Iterator[dict]:
+    """Runs a shard worker over a dataset of shards and yields the status of each, as they finish."""
+    mapped = dataset.map_batches(
+        worker,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=0 if gpus else 1,
+        num_gpus=gpus or None,
+    )
+    for row in mapped.iter_rows():
+        yield row["status"]

@@ -1,0 +1,55 @@
+"""A Ray cluster for the time of a job: the one at an address, or a local one that ends with it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmimpute.spec import ClusterSettings
+
+# Before ray is imported anywhere: no usage reports, and a small machine's share of footer readers.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DO_NOT_TRACK": "1",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_DATA_PARQUET_READER_CPU_COUNT": "1",
+    "RAY_DATA_PARQUET_READER_IO_THREAD_COUNT": "4",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray
+from ray.data import DataContext
+
+
+@contextmanager
+def cluster(settings: ClusterSettings) -> Iterator[None]:
+    """Connects to Ray, or starts it; a cluster that this process is connected to already is used as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    # A bare init would attach to any cluster on this host.
+    local = {"num_cpus": settings.cpus, "include_dashboard": False} if settings.address is None else {}
+    ray.init(address=settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    _quieten()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cpus() -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -1,0 +1,66 @@
+"""What people see on a terminal: progress, tables, and errors without tracebacks."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mmimpute.errors import MmimputeError
+
+LOG_WIDTH = 140  # of what is no terminal
+console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """What a user can mend is told in one message, and its exit code: 2 for settings, 3 for data."""
+    try:
+        yield
+    except MmimputeError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def watch(title: str) -> Callable[[dict], None]:
+    """A progress callback that prints one line per step worth telling; lines, so that logs keep them too."""
+    shown = {"share": -1}
+
+    def update(record: dict) -> None:
+        if "epoch" in record:
+            console.print(
+                f"  {title}: epoch {record['epoch']}/{record['epochs']}  tune loss {record['tune_loss']:.4f}  "
+                f"{record['rows_per_second']:,.0f} records/s"
+            )
+            return
+        done = record.get("imputed", record.get("generated", record.get("profiled", 0)))
+        share = int(10 * done / record["of"])
+        if share != shown["share"]:
+            shown["share"] = share
+            what = "profiled" if "profiled" in record else "done"
+            rows = f", {record['rows']:,} records" if "rows" in record else ""
+            console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}")
+
+    return update
+
+
+def accuracy_table(evaluation: dict) -> Table:
+    """Imputation accuracy per modality on held-out values, against the column mean."""
+    table = Table(title="Accuracy on held-out records, each modality hidden in turn (column mean: skill 0, R2 0, AUROC 0.5)")
+    for name, justify in (("modality", "left"), *((n, "right") for n in ("records", "skill", "R2", "AUROC", "90% interval covers"))):
+        table.add_column(name, justify=justify)
+    for name, found in evaluation["modalities"].items():
+        cells = [found["skill"], found["r2"], found["auroc"]]
+        cover = f"{found['cover90']:.1%}" if found["cover90"] is not None else "-"
+        table.add_row(name, f"{found['rows']:,}", *("-" if c is None else f"{c:.3f}" for c in cells), cover)
+    return table
+
+
+def set_aside_table(aside: list[dict]) -> Table:
+    table = Table("shard", "set aside because", title="Shards set aside")
+    for entry in aside:
+        table.add_row(escape(entry["shard"]), escape(entry["error"]))
+    return table

@@ -1,0 +1,271 @@
+"""The one way from Arrow to arrays, and the one way back.
+
+Records are one array per modality, N x D, NaN where a value is not observed. Values of ordinal and categorical
+features are the index of their level. float64 where the column holds more than float32 can, so that what was
+observed is copied exactly.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from mmimpute.data.schema import FROM_PRIOR, LATENT, CohortSchema, Feature, Modality, is_list, is_text, storage_type, value_type
+from mmimpute.errors import DataError
+
+
+class Imputation(NamedTuple):
+    """What the model says of one modality. mean, std: N x D, in the units of the records; draws: S x N x D or None."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    draws: np.ndarray | None
+
+
+def decode(table: pa.Table | pa.RecordBatch, schema: CohortSchema, shard: str) -> dict[str, np.ndarray]:
+    """Records of a shard. Raises DataError: a list of the wrong length, infinity, a value that its kind or levels do not allow."""
+    return {m.name: _decode_modality(table, m, shard) for m in schema.modalities}
+
+
+def flat(records: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All modalities side by side, N x width, float32."""
+    return np.concatenate([x.astype(np.float32, copy=False) for x in records.values()], axis=1)
+
+
+def check_subjects(ids: pa.ChunkedArray, column: str, shard: str) -> None:
+    """Raises DataError where a shard has no records, or a subject id is null or there twice."""
+    if len(ids) == 0:
+        raise DataError(shard, None, "no records", "at least one", "remove the shard")
+    if ids.null_count:
+        raise DataError(shard, column, f"{ids.null_count} null subject ids", "an id in every record", "fill or drop those records")
+    distinct = pc.count_distinct(ids).as_py()
+    if distinct != len(ids):
+        raise DataError(shard, column, f"{len(ids) - distinct} repeated subject ids", "each once", "merge or drop the repeated records")
+
+
+def _decode_modality(table, modality: Modality, shard: str) -> np.ndarray:
+    arrays = [_one(table.column(c)) for c in modality.columns]
+    if modality.layout == "list":
+        x = _decode_list(arrays[0], len(modality.features), modality.columns[0], shard)
+    else:
+        x = _stack([_decode_scalar(a, f, c, shard) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)], len(table))
+    if np.isinf(x).any():
+        at = int(np.isinf(x).any(0).argmax())
+        count = int(np.isinf(x[:, at]).sum())
+        raise DataError(shard, _label(modality, at), f"{count} infinite values", "finite numbers or null", "write null where not known")
+    if not x.flags.writeable and any(f.levels for f in modality.features):
+        x = x.copy()  # a view of the Arrow buffer, and levels are replaced by their index
+    for at, feature in enumerate(modality.features):
+        _check_kind(x, at, feature, modality, shard)
+    return x
+
+
+def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array, without its extension type (a tensor) and its dictionary."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # what combine_chunks leaves of a column with no chunk
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    array = array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+    return array.dictionary_decode() if pt.is_dictionary(array.type) else array
+
+
+def _decode_list(array: pa.Array, width: int, column: str, shard: str) -> np.ndarray:
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    lengths = pc.drop_null(pc.list_value_length(array))
+    if len(lengths) and not pc.all(pc.equal(lengths, width)).as_py():
+        wrong = pc.sum(pc.not_equal(lengths, width)).as_py()
+        raise DataError(shard, column, f"{wrong} lists of another length", f"lists of {width}", "pad with null, or mend `features` in the spec")
+    values = _numbers(array.flatten()).reshape(-1, width)  # flatten skips null lists
+    if present.all():
+        return values
+    x = np.full((len(array), width), np.nan, values.dtype)
+    x[present] = values
+    return x
+
+
+def _decode_scalar(array: pa.Array, feature: Feature, column: str, shard: str) -> np.ndarray:
+    if not is_text(array.type):
+        return _numbers(array)
+    if not feature.levels:  # profiling: only whether there is a value
+        return np.where(array.is_valid().to_numpy(zero_copy_only=False), np.float32(0), np.float32(np.nan))
+    index = pc.index_in(array, pa.array(feature.levels, array.type))
+    if unknown := index.null_count - array.null_count:
+        raise _unknown_level(shard, column, unknown)
+    return _numbers(index)
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """Floats with NaN for null; float32 where that loses nothing."""
+    if pt.is_boolean(array.type):
+        array = array.cast(pa.uint8())
+    array = array.cast(float_type(array.type))
+    return array.to_numpy(zero_copy_only=False)
+
+
+def float_type(kind: pa.DataType) -> pa.DataType:
+    """The float type that completed values of a column of numbers are held in."""
+    small = pt.is_float16(kind) or pt.is_float32(kind) or pt.is_boolean(kind) or (pt.is_integer(kind) and kind.bit_width <= 16)
+    return pa.float32() if small else pa.float64()
+
+
+def _stack(columns: list[np.ndarray], rows: int) -> np.ndarray:
+    x = np.empty((rows, len(columns)), np.result_type(*columns))
+    for at, values in enumerate(columns):
+        x[:, at] = values
+    return x
+
+
+def _check_kind(x: np.ndarray, at: int, feature: Feature, modality: Modality, shard: str) -> None:
+    """Values against the feature's kind; numeric levels become their index, in place."""
+    if feature.kind in ("real", "auto"):
+        return
+    values = x[:, at]
+    label = _label(modality, at)
+    if feature.kind == "binary" and (wrong := int(((values != 0) & (values != 1) & ~np.isnan(values)).sum())):
+        raise DataError(shard, label, f"{wrong} values other than 0 and 1", "a binary feature", "mend the values or its kind in the spec")
+    if feature.kind == "count" and (wrong := int(((values < 0) | (values % 1 > 0)).sum())):
+        raise DataError(shard, label, f"{wrong} values that are no counts", "0, 1, 2, ...", "mend the values or its kind in the spec")
+    if feature.levels and not isinstance(feature.levels[0], str):
+        index = np.searchsorted(feature.levels, values).clip(max=len(feature.levels) - 1)
+        seen = ~np.isnan(values)
+        if unknown := int((np.asarray(feature.levels)[index] != values)[seen].sum()):
+            raise _unknown_level(shard, label, unknown)
+        x[seen, at] = index[seen]
+
+
+def _unknown_level(shard: str, label: str, count: int) -> DataError:
+    action = "mend the values, or list every level under `levels` in the spec and fit again"
+    return DataError(shard, label, f"{count} values of no known level", "the levels of the training data", action)
+
+
+def _label(modality: Modality, at: int) -> str:
+    column = modality.columns[0] if modality.layout == "list" else modality.columns[at]
+    return f"{column}[{modality.features[at].name}]" if modality.layout == "list" else column
+
+
+def enriched_schema(schema: CohortSchema, arrow: pa.Schema, draws: int, latent: bool) -> pa.Schema:
+    """Input columns as they are, then the imputed ones."""
+    fields = list(arrow)
+    for modality in schema.imputed:
+        for column in modality.columns:
+            fields += [pa.field(column + suffix, kind) for suffix, kind in _output_types(arrow.field(column).type, draws).items()]
+    fields.append(pa.field(FROM_PRIOR, pa.bool_(), nullable=False))
+    if latent:
+        fields.append(pa.field(LATENT, pa.list_(pa.float32())))
+    return pa.schema(fields, arrow.metadata)
+
+
+def _output_types(kind: pa.DataType, draws: int) -> dict[str, pa.DataType]:
+    storage, inner = storage_type(kind), value_type(kind)
+    value = inner if is_text(inner) else float_type(inner)
+    spread = pa.float32() if is_text(inner) else value
+    if is_list(storage):
+        value, spread = (pa.list_(t, storage.list_size if pt.is_fixed_size_list(storage) else -1) for t in (value, spread))
+    return {"__imputed": value, "__std": spread} | ({"__draws": pa.list_(value)} if draws else {})
+
+
+def enrich(
+    batch: pa.RecordBatch,
+    out: pa.Schema,
+    schema: CohortSchema,
+    records: Mapping[str, np.ndarray],
+    imputed: Mapping[str, Imputation],
+    latent: np.ndarray | None,
+) -> pa.RecordBatch:
+    """Input columns unchanged, then per column X of an imputed modality: completed values, their std, draws.
+
+    All are null on rows where nothing of the modality was missing. records, imputed: by modality, N x D.
+    """
+    columns = list(batch.columns)
+    for modality in schema.imputed:
+        columns += _modality_columns(modality, records[modality.name], imputed[modality.name], out)
+    columns.append(pa.array(np.logical_and.reduce([np.isnan(x).all(1) for x in records.values()])))
+    if latent is not None:
+        columns.append(_lists(latent.astype(np.float32), np.ones(len(latent), bool), out.field(LATENT).type))
+    return pa.RecordBatch.from_arrays(columns, schema=out)
+
+
+def _modality_columns(modality: Modality, x: np.ndarray, imputed: Imputation, out: pa.Schema) -> list[pa.Array]:
+    """`X__imputed`, `X__std` and, where there are draws, `X__draws` of each of a modality's columns."""
+    missing = np.isnan(x)
+    rows = missing.any(1)
+    completed = [np.where(missing, imputed.mean, x), np.where(missing, imputed.std, 0)]
+    suffixes = ["__imputed", "__std"]
+    if imputed.draws is not None:
+        completed.append(np.where(missing, imputed.draws, x))
+        suffixes.append("__draws")
+    arrays = []
+    for at, column in enumerate(modality.columns):
+        for suffix, values in zip(suffixes, completed, strict=True):
+            features = modality.features if modality.layout == "list" else modality.features[at : at + 1]
+            part = values if modality.layout == "list" else values[..., at : at + 1]
+            if suffix != "__std" or _spaced(features):
+                part = _in_units(part, features, spread=suffix == "__std")
+            arrays.append(_column(part, features, rows, out.field(column + suffix).type))
+    return arrays
+
+
+def _spaced(features) -> bool:
+    return any(f.kind == "ordinal" for f in features)
+
+
+def _in_units(values: np.ndarray, features, spread: bool) -> np.ndarray:
+    """Level indices back to numeric levels; an expected index lies between two of them."""
+    for at, feature in enumerate(features):
+        if feature.levels and not isinstance(feature.levels[0], str):
+            levels = np.asarray(feature.levels)
+            values = values if values.flags.owndata else values.copy()
+            if spread:
+                values[..., at] *= (levels[-1] - levels[0]) / max(len(levels) - 1, 1) if feature.kind == "ordinal" else 1
+            else:
+                values[..., at] = np.interp(values[..., at], np.arange(len(levels)), levels)
+    return values
+
+
+def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """(S x) N x D completed values as one Arrow column, null where `rows` is false."""
+    if values.ndim == 3:
+        draws, n, _ = values.shape
+        inner = _column(values.swapaxes(0, 1).reshape(n * draws, -1), features, np.ones(n * draws, bool), kind.value_type)
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * draws)
+        return pa.ListArray.from_arrays(offsets, inner, type=kind, mask=pa.array(~rows))
+    if is_list(kind):
+        return _lists(values, rows, kind)
+    if is_text(kind):
+        index = pa.array(np.nan_to_num(values[:, 0]).astype(np.int32), mask=~rows)
+        return pa.array(features[0].levels, kind).take(index)
+    return pa.array(values[:, 0].astype(kind.to_pandas_dtype(), copy=False), mask=~rows)
+
+
+def _lists(values: np.ndarray, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
+    n, width = values.shape
+    flat_values = pa.array(np.ascontiguousarray(values).reshape(-1)).cast(kind.value_type)
+    if pt.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat_values, type=kind, mask=pa.array(~rows))
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
+    return pa.ListArray.from_arrays(offsets, flat_values, type=kind, mask=pa.array(~rows))
+
+
+def in_columns(modality: Modality, x: np.ndarray) -> dict[str, pa.Array]:
+    """Complete records of a modality, N x D, as columns of the types that the cohort has."""
+    if modality.layout == "list":
+        values = _in_units(x, modality.features, spread=False)
+        return {modality.columns[0]: _lists(values, np.ones(len(x), bool), pa.list_(pa.type_for_alias(modality.types[0])))}
+    return {
+        column: _scalars(x[:, at : at + 1], feature, kind)
+        for at, (column, feature, kind) in enumerate(zip(modality.columns, modality.features, modality.types, strict=True))
+    }
+
+
+def _scalars(x: np.ndarray, feature: Feature, kind: str) -> pa.Array:
+    target = pa.decimal128(38, 9) if kind.startswith("decimal") else pa.type_for_alias(kind)
+    if is_text(target):
+        return _column(x, (feature,), np.ones(len(x), bool), target)
+    values = _in_units(x, (feature,), spread=False)[:, 0].astype(np.float64)
+    if pt.is_integer(target):
+        bounds = np.iinfo(target.to_pandas_dtype())
+        values = values.round().clip(bounds.min, bounds.max)
+    return pa.array(values).cast(target, safe=False)

@@ -1,0 +1,255 @@
+"""What is in a cohort: one streaming pass of mergeable statistics, and what follows from them.
+
+Counts and moments are exact over all records. Shapes (quantiles, skewness, distinct values) come from a sample of
+whole records that a hash of the subject id picks, so that the profile does not depend on order or sharding.
+Nothing here is reported for fewer than SMALLEST_GROUP people.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmimpute.data.arrow import decode, flat
+from mmimpute.data.schema import CohortSchema, Feature, Modality, is_text, value_type
+from mmimpute.data.split import member, position
+from mmimpute.errors import UserError
+
+SMALLEST_GROUP = 10
+SAMPLE_CELLS = 16_000_000  # 64 MB of float32 on the driver
+LONG_TAIL = 2.0  # skewness from which a feature is put on a log scale, if that halves it
+MOST_LEVELS = 50  # distinct texts beyond this are free text, not a category
+MOST_ORDINAL = 10
+
+
+@dataclass
+class Statistics:
+    """Mergeable statistics of some records. Per-feature arrays run over all modalities side by side (D = schema.width).
+
+    What the model learns from (count to m2, and the sample) is of the training split where that was asked for;
+    what describes the columns (all else) is of all records.
+    """
+
+    rows: int
+    present: np.ndarray  # K, records that hold the modality
+    together: np.ndarray  # K x K
+    patterns: Counter  # tuple of present flags -> records
+    least: np.ndarray  # D
+    most: np.ndarray
+    whole: np.ndarray  # D bool: every value is an integer
+    levels: list[Counter | None]  # D, of text columns: level -> records
+    count: np.ndarray  # D, observed values
+    mean: np.ndarray
+    m2: np.ndarray  # D, sum of squared deviations
+    sample: list[np.ndarray] = field(default_factory=list)
+
+
+def sample_share(rows: int, width: int) -> float:
+    """Which share of the records the sample may hold."""
+    return min(1.0, max(2_000, min(SAMPLE_CELLS // width, 50_000)) / max(rows, 1))
+
+
+def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float, training_only: bool) -> Statistics:
+    """Statistics of one shard's records. Raises DataError as `decode` does."""
+    records = decode(table, schema, shard)
+    ids = table.column(schema.subject_id)
+    present = np.stack([~np.isnan(x).all(1) for x in records.values()], 1)
+    chosen = member(position(ids), "train") if training_only else np.ones(len(ids), bool)
+    everyone = flat(records)
+    observed = ~np.isnan(everyone)
+    x = everyone[chosen]
+    seen = ~np.isnan(x)
+    count = seen.sum(0)
+    filled = np.where(seen, x, 0).astype(np.float64)
+    mean = filled.sum(0) / np.maximum(count, 1)
+    with np.errstate(invalid="ignore"):
+        m2 = (np.where(seen, x - mean, 0.0) ** 2).sum(0)
+    return Statistics(
+        rows=len(ids),
+        present=present.sum(0),
+        together=present.T.astype(int) @ present.astype(int),
+        patterns=Counter({tuple(map(bool, p)): int(n) for p, n in zip(*np.unique(present, axis=0, return_counts=True), strict=True)}),
+        count=count,
+        mean=mean,
+        m2=m2,
+        least=np.where(observed, everyone, np.inf).min(0, initial=np.inf),
+        most=np.where(observed, everyone, -np.inf).max(0, initial=-np.inf),
+        whole=(~observed | (np.where(observed, everyone, 0) % 1 == 0)).all(0),
+        levels=_text_levels(table, schema),
+        sample=[x if share >= 1 else x[(position(ids, "sample") < share)[chosen]]],
+    )
+
+
+def _text_levels(table: pa.Table, schema: CohortSchema) -> list[Counter | None]:
+    found = []
+    for modality in schema.modalities:
+        texts = [is_text(value_type(table.schema.field(c).type)) for c in modality.columns]
+        if modality.layout == "list":
+            texts *= len(modality.features)
+        for column, text in zip(modality.columns * len(texts), texts, strict=False):
+            counts = pc.value_counts(table.column(column).drop_null()) if text else None
+            found.append(Counter({v["values"]: v["counts"] for v in counts.to_pylist()}) if text else None)
+    return found
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics of both (Chan et al. 1979, eq. 2.1 for the moments)."""
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    share = b.count / np.maximum(count, 1)
+    return Statistics(
+        rows=a.rows + b.rows,
+        present=a.present + b.present,
+        together=a.together + b.together,
+        patterns=a.patterns + b.patterns,
+        count=count,
+        mean=a.mean + delta * share,
+        m2=a.m2 + b.m2 + delta**2 * a.count * share,
+        least=np.minimum(a.least, b.least),
+        most=np.maximum(a.most, b.most),
+        whole=a.whole & b.whole,
+        levels=[None if m is None else _most_common(m + n) for m, n in zip(a.levels, b.levels, strict=True)],
+        sample=a.sample + b.sample,
+    )
+
+
+def _most_common(levels: Counter) -> Counter:
+    """Free text has no end of levels; keep enough to see that there are too many."""
+    return Counter(dict(levels.most_common(20 * MOST_LEVELS)))
+
+
+def settle(schema: CohortSchema, seen: Statistics) -> tuple[CohortSchema, Statistics]:
+    """The schema with every kind and level settled, and the statistics with levels replaced by their index.
+
+    Raises UserError for a column with too many levels to be a category.
+    """
+    sample = np.concatenate(seen.sample)
+    modalities, at = [], 0
+    for modality in schema.modalities:
+        features = []
+        for feature in modality.features:
+            settled = _settle_feature(modality, feature, seen, sample[:, at], at)
+            if settled.levels and not feature.levels and seen.levels[at] is None:
+                known = ~np.isnan(sample[:, at])
+                sample[known, at] = np.searchsorted(settled.levels, sample[known, at])
+            features.append(settled)
+            at += 1
+        modalities.append(modality.model_copy(update={"features": tuple(features)}))
+    return schema.model_copy(update={"modalities": tuple(modalities)}), replace(seen, sample=[sample])
+
+
+def _settle_feature(modality: Modality, feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> Feature:
+    texts = seen.levels[at]
+    if feature.kind == "auto":
+        kind = "ordinal" if feature.levels else guess_kind(seen, at, np.unique(sample[~np.isnan(sample)]))
+        feature = feature.model_copy(update={"kind": kind})
+    if feature.levels or feature.kind not in ("ordinal", "categorical"):
+        return feature
+    if texts is not None:
+        levels = tuple(sorted(texts))
+    else:
+        whole = seen.whole[at] and seen.most[at] - seen.least[at] < MOST_LEVELS
+        levels = tuple(np.arange(seen.least[at], seen.most[at] + 1).tolist()) if whole else ()
+    if not 2 <= len(levels) <= MOST_LEVELS:
+        raise UserError(
+            f"modality {modality.name}, feature {feature.name!r}: {feature.kind}, but not of 2 to {MOST_LEVELS} texts or whole numbers; "
+            "list its `levels` in the spec, give it another kind, or leave it out (free text: embed it first)"
+        )
+    return feature.model_copy(update={"levels": levels})
+
+
+def guess_kind(seen: Statistics, at: int, distinct: np.ndarray) -> str:
+    """`auto`: what the values look like. Text is categorical; 0/1 binary; a few whole levels ordinal; whole numbers
+    from 0 that bunch at the low end are counts; all else is real."""
+    if seen.levels[at] is not None:
+        return "categorical"
+    least, most = seen.least[at], seen.most[at]
+    if not seen.whole[at] or not seen.count[at] or least < 0:
+        return "real"
+    if most <= 1:
+        return "binary"
+    if most - least < MOST_ORDINAL and len(distinct) == most - least + 1:
+        return "ordinal"
+    deviation = np.sqrt(seen.m2[at] / seen.count[at])
+    return "count" if least == 0 and seen.mean[at] < 20 and seen.mean[at] < 2 * deviation else "real"
+
+
+def feature_statistics(schema: CohortSchema, seen: Statistics) -> dict[str, dict[str, np.ndarray]]:
+    """What the model standardises with, per modality: mean, std, log, unit (D,) and knots (D, 9).
+
+    transform(x) = sign(x) log1p(|x| / unit) where log, else x; then (. - mean) / std. Exact moments where the
+    transform is the identity, those of the sample on the log scale. knots: octiles in standardised units.
+    """
+    sample = np.concatenate(seen.sample).astype(np.float64)
+    found, start = {}, 0
+    for modality in schema.modalities:
+        stop = start + len(modality.features)
+        columns = [_feature(f, seen, sample[:, at], at) for f, at in zip(modality.features, range(start, stop), strict=True)]
+        found[modality.name] = {name: np.array([c[name] for c in columns], bool if name == "log" else np.float32) for name in columns[0]}
+        start = stop
+    return found
+
+
+def _feature(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> dict:
+    values = sample[~np.isnan(sample)]
+    if feature.kind == "categorical" or not seen.count[at]:
+        return {"mean": 0.0, "std": 1.0, "log": False, "unit": 1.0, "knots": np.linspace(-2, 2, 9)}
+    mean, std = seen.mean[at], np.sqrt(seen.m2[at] / seen.count[at])
+    if feature.levels:  # the sample holds their index
+        mean, std = values.mean(), values.std()
+    unit = 1.0 if feature.kind == "count" or not len(values) else float(np.median(np.abs(values))) or 1.0
+    log = len(values) > 0 and (feature.kind == "count" or (feature.kind == "real" and long_tailed(values, unit)))
+    if log:
+        values = signed_log(values, unit)
+        mean, std = values.mean(), values.std()
+    std = std if std > 1e-8 * max(abs(mean), 1e-30) else 1.0
+    # The outer edges are shared by SMALLEST_GROUP people: the model file holds no single record's value.
+    edge = min(0.05, SMALLEST_GROUP / max(len(values), 1))
+    knots = np.quantile((values - mean) / std, [edge, *np.arange(1, 8) / 8, 1 - edge]) if len(values) else np.linspace(-2, 2, 9)
+    return {"mean": mean, "std": std, "log": log, "unit": unit, "knots": knots}
+
+
+def signed_log(x: np.ndarray, unit: float) -> np.ndarray:
+    return np.sign(x) * np.log1p(np.abs(x) / unit)
+
+
+def long_tailed(values: np.ndarray, unit: float) -> bool:
+    """Whether a log scale is called for: strong skewness, and less than half of it after the transform."""
+    skew = abs(_skewness(values))
+    return skew > LONG_TAIL and abs(_skewness(signed_log(values, unit))) < skew / 2
+
+
+def _skewness(x: np.ndarray) -> float:
+    z = x - x.mean()
+    variance = (z**2).mean()
+    return float((z**3).mean() / variance**1.5) if variance > 0 else 0.0
+
+
+def report(schema: CohortSchema, seen: Statistics) -> dict:
+    """The profile as plain values for people: counts, kinds, and of the sample
+    the moments and ranges that at least SMALLEST_GROUP people share."""
+    sample = np.concatenate(seen.sample)
+    at, modalities = 0, {}
+    for k, modality in enumerate(schema.modalities):
+        features = []
+        for feature in modality.features:
+            features.append({"name": feature.name, "kind": feature.kind, **_describe(feature, seen, sample[:, at], at)})
+            at += 1
+        modalities[modality.name] = {"present": int(seen.present[k]), "features": features}
+    names = list(modalities)
+    patterns = [{"present": [n for n, p in zip(names, flags, strict=True) if p], "rows": n} for flags, n in seen.patterns.most_common(20)]
+    return {"rows": seen.rows, "modalities": modalities, "together": seen.together.tolist(), "patterns": patterns}
+
+
+def _describe(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> dict:
+    count = int(seen.count[at])
+    found = {"observed": count, "mean": None, "std": None, "low": None, "high": None}
+    values = np.sort(sample[~np.isnan(sample)])
+    if len(values) < 2 * SMALLEST_GROUP or feature.kind == "categorical":
+        return found
+    if feature.levels:
+        values = np.asarray(feature.levels)[values.astype(int)]
+    low, high = values[SMALLEST_GROUP - 1], values[-SMALLEST_GROUP]
+    return found | {"mean": float(values.mean()), "std": float(values.std()), "low": float(low), "high": float(high)}

@@ -1,0 +1,188 @@
+"""What a cohort's columns are, settled: the spec meets the shards' Arrow schema and the profile of their values.
+
+The schema is part of the model, so everything in it is a plain, validated value.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.types as pt
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmimpute.errors import DataError, UserError
+from mmimpute.spec import CohortSpec, ModalitySpec, SpecKind
+
+OUTPUT_SUFFIXES = ("__imputed", "__std", "__draws")
+FROM_PRIOR = "from_prior"
+LATENT = "z0"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Feature(_Frozen):
+    """One feature. `levels`: the values of an ordinal or categorical one, in order; the model sees their index."""
+
+    name: str
+    kind: SpecKind
+    levels: tuple[str, ...] | tuple[float, ...] = ()
+
+
+class Modality(_Frozen):
+    """A modality and its columns: one list column, or one scalar column per feature."""
+
+    name: str
+    layout: Literal["list", "scalars"]
+    columns: tuple[str, ...]
+    types: tuple[str, ...] = Field(description="Arrow type of each column's values in the training shards")
+    features: tuple[Feature, ...]
+    impute: bool
+    hide: float
+
+
+class CohortSchema(_Frozen):
+    subject_id: str
+    subject_type: str
+    modalities: tuple[Modality, ...]
+
+    @property
+    def width(self) -> int:
+        """Features of a record, over all modalities."""
+        return sum(len(m.features) for m in self.modalities)
+
+    @property
+    def columns(self) -> list[str]:
+        """What must be read of a shard to feed the model."""
+        return [self.subject_id, *(c for m in self.modalities for c in m.columns)]
+
+    @property
+    def imputed(self) -> list[Modality]:
+        return [m for m in self.modalities if m.impute]
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+
+
+def storage_type(kind: pa.DataType) -> pa.DataType:
+    """Below an extension type (a tensor column) is a list."""
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's values: the list's elements, the dictionary's values, or the column's own."""
+    kind = storage_type(kind)
+    return kind.value_type if is_list(kind) or pt.is_dictionary(kind) else kind
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
+
+
+def draft_schema(spec: CohortSpec, arrow: pa.Schema, widths: dict[str, int]) -> CohortSchema:
+    """The spec's modalities on a shard's columns; kinds may still be `auto` and levels unknown.
+
+    widths: length of each list column (from `list_width`).
+    Raises UserError where the spec names what the shards do not have.
+    """
+    if spec.subject_id not in arrow.names:
+        raise UserError(f"spec: subject_id column {spec.subject_id!r} is not in the shards; they have {_some(arrow.names)}")
+    hidden = {c for c in arrow.names if any(fnmatchcase(c, pattern) for pattern in spec.outcomes)}
+    reserved = {spec.subject_id, spec.timestamp, *hidden}
+    modalities = tuple(_draft(name, m, arrow, widths, reserved) for name, m in spec.modalities.items())
+    used = [c for m in modalities for c in m.columns]
+    if twice := {c for c in used if used.count(c) > 1}:
+        raise UserError(f"spec: columns {_some(sorted(twice))} belong to two modalities")
+    return CohortSchema(
+        subject_id=spec.subject_id, subject_type=str(value_type(arrow.field(spec.subject_id).type)), modalities=modalities
+    )
+
+
+def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, int], reserved: set[str]) -> Modality:
+    columns = modality_columns(name, spec, arrow, reserved)
+    if spec.column:
+        found = widths[spec.column]
+        names = spec.features or tuple(f"f{i}" for i in range(found))
+        if len(names) != found:
+            raise UserError(f"spec: modalities.{name} names {len(names)} features, column {spec.column!r} has lists of {found}")
+    else:
+        names = tuple(c.removeprefix(spec.prefix) for c in columns)
+    kinds = spec.kinds if isinstance(spec.kinds, tuple) else (spec.kinds,) * len(names)
+    if len(kinds) != len(names):
+        raise UserError(f"spec: modalities.{name} has {len(kinds)} kinds for {len(names)} features")
+    if unknown := set(spec.levels) - set(names):
+        raise UserError(f"spec: modalities.{name}.levels names unknown features {_some(sorted(unknown))}")
+    types = [str(value_type(arrow.field(c).type)) for c in columns]
+    text = [is_text(value_type(arrow.field(c).type)) for c in columns] * (len(names) if spec.column else 1)
+    kinds = tuple("categorical" if t and k == "auto" else k for t, k in zip(text, kinds, strict=True))
+    if bad := [n for n, t, k in zip(names, text, kinds, strict=True) if t and k != "categorical"]:
+        raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
+    features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
+    layout = "list" if spec.column else "scalars"
+    return Modality(
+        name=name, layout=layout, columns=columns, types=tuple(types), features=features, impute=spec.impute, hide=spec.hide
+    )
+
+
+def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: set[str]) -> tuple[str, ...]:
+    """The columns of one modality in a shard's schema. Raises UserError where there are none, or the wrong ones."""
+    if spec.column:
+        columns = (spec.column,)
+    elif spec.features:
+        columns = tuple(spec.prefix + f for f in spec.features)
+    else:
+        columns = tuple(c for c in arrow.names if c.startswith(spec.prefix) and c not in reserved and not c.endswith(OUTPUT_SUFFIXES))
+    absent = [c for c in columns if c not in arrow.names]
+    if absent or not columns:
+        what = f"column {absent[0]!r}" if absent else f"a column that starts with {spec.prefix!r}"
+        raise UserError(f"spec: modalities.{name} needs {what}; the shards have {_some(arrow.names)}")
+    if taken := [c for c in columns if c in reserved]:
+        raise UserError(f"spec: modalities.{name} may not use {taken[0]!r}: it is the subject id, the timestamp or an outcome")
+    for column in columns:
+        kind = arrow.field(column).type
+        if is_list(storage_type(kind)) != bool(spec.column):
+            raise UserError(f"spec: modalities.{name}: column {column!r} is {kind}; use `column` for lists and `prefix` for scalars")
+        inner = value_type(kind)
+        if not is_number(inner) and (spec.column or not is_text(inner)):
+            raise UserError(f"spec: modalities.{name}: column {column!r} is {kind}; expected numbers" + ("" if spec.column else " or text"))
+    return columns
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
+    """A shard's footer against the schema. Raises DataError: column missing, of the wrong type, or of the wrong width."""
+    if schema.subject_id not in arrow.names:
+        raise DataError(shard, schema.subject_id, "no such column", "the subject id", "add the column or mend subject_id in the spec")
+    for modality in schema.modalities:
+        for column, trained in zip(modality.columns, modality.types, strict=True):
+            if column not in arrow.names:
+                raise DataError(shard, column, "no such column", f"modality {modality.name}", "add the column, null where not known")
+            _check_type(modality, column, trained, arrow.field(column).type, shard)
+    if taken := [c for c in output_columns(schema) if c in arrow.names]:
+        raise DataError(shard, taken[0], "a column that imputation writes", "raw records", "drop it, or leave enriched shards out")
+
+
+def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType, shard: str) -> None:
+    wanted = "text" if trained in ("string", "large_string", "string_view") else "numbers"
+    if modality.layout == "list":
+        wanted = f"lists of {len(modality.features)} numbers"
+    inner, storage = value_type(kind), storage_type(kind)
+    right = is_list(storage) == (modality.layout == "list") and (is_text(inner) if wanted == "text" else is_number(inner))
+    width = storage.list_size if pt.is_fixed_size_list(storage) else len(modality.features)
+    if not right or (modality.layout == "list" and width != len(modality.features)):
+        raise DataError(shard, column, f"type {kind}", wanted, "convert the column")
+
+
+def output_columns(schema: CohortSchema) -> list[str]:
+    """Every column that imputation may add."""
+    return [c + s for m in schema.imputed for c in m.columns for s in OUTPUT_SUFFIXES] + [FROM_PRIOR, LATENT]

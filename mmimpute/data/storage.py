@@ -1,0 +1,177 @@
+"""Objects under a URL: a plain path, file:// or s3://, always through the same few calls.
+
+One client for our own reads and writes (obstore: whole-object GET and PUT, conditional PUT, listings in Arrow), and
+the same credentials for the two libraries that bring a client of their own (deltalake; s3fs, for Ray). Credentials,
+region and endpoint are found by botocore: the usual AWS variables, a profile, or the machine's role.
+An object is published whole by one PUT, never streamed to its final key.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, S3Store
+
+from mmimpute.errors import UserError
+
+# Long enough to sit out a store's restart, short enough that nobody thinks the run hangs.
+PATIENT = {"max_retries": 10, "retry_timeout": timedelta(seconds=60), "backoff": {"max_backoff": timedelta(seconds=5)}}
+# For the first contact of a run: a mistyped endpoint is to be told in seconds.
+PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(minutes=5), "allow_http": True}
+
+
+class StoredObject(NamedTuple):
+    """One entry of a listing. `key` is relative to the URL that was listed."""
+
+    key: str
+    etag: str
+    size: int
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith("s3://")
+
+
+def local_path(url: str) -> Path:
+    """The absolute path of a plain path or file:// URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("", "file"):
+        raise UserError(f"{url}: expected s3://bucket/prefix, file:///path or a plain path")
+    return Path(unquote(parts.path) if parts.scheme else url).expanduser().resolve()
+
+
+def normalise(url: str) -> str:
+    """One spelling per place: no trailing slash, absolute paths, no file://."""
+    if not is_s3(url):
+        return str(local_path(url))
+    if not urlsplit(url).netloc:
+        raise UserError(f"{url}: expected s3://bucket/prefix")
+    return url.rstrip("/")
+
+
+def join(url: str, key: str) -> str:
+    return f"{normalise(url)}/{key}"
+
+
+def aws_options() -> dict[str, str]:
+    """Endpoint, region and credentials as S3 clients in Rust name them. Raises UserError where there are none."""
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    session = Session()
+    try:
+        credentials = session.get_credentials()
+        endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3").provide()
+    except BotoCoreError as error:
+        raise UserError(f"AWS settings: {error}") from None
+    if credentials is None:
+        raise UserError("no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    frozen = credentials.get_frozen_credentials()
+    found = {
+        "aws_access_key_id": frozen.access_key,
+        "aws_secret_access_key": frozen.secret_key,
+        "aws_session_token": frozen.token,
+        "aws_region": session.get_config_variable("region") or "us-east-1",
+        "aws_endpoint": endpoint,
+        "aws_virtual_hosted_style_request": "false" if endpoint else "true",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def delta_options(url: str) -> dict[str, str]:
+    """Storage options for deltalake: the same store, with commits by conditional PUT."""
+    return {**aws_options(), "allow_http": "true", "conditional_put": "etag"} if is_s3(url) else {}
+
+
+def arrow_filesystem(url: str):
+    """(pyarrow filesystem, path) of a URL, for the libraries that take those."""
+    from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+
+    if not is_s3(url):
+        return LocalFileSystem(), str(local_path(url))
+    from s3fs import S3FileSystem
+
+    aws_options()  # s3fs without credentials answers late and obscurely
+    return PyFileSystem(FSSpecHandler(S3FileSystem(use_listings_cache=False))), normalise(url).removeprefix("s3://")
+
+
+def connect(url: str, retry: dict = PATIENT, create: bool = False) -> S3Store | LocalStore:
+    """A store whose root is the URL. A local folder that is not there is made, or is a FileNotFoundError."""
+    if is_s3(url):
+        return S3Store.from_url(normalise(url), config=aws_options(), client_options=CLIENT, retry_config=retry)
+    path = local_path(url)
+    if not create and not path.exists():
+        raise FileNotFoundError(path)
+    return LocalStore(path, mkdir=create)
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turns what a store answers into one clear error. A missing object stays NotFoundError for callers that expect it."""
+    try:
+        yield
+    except (PermissionDeniedError, UnauthenticatedError):
+        raise UserError(f"{url}: access denied; check the credentials and what they may read and write") from None
+    except NotFoundError:
+        raise
+    except BaseError as error:
+        reason = str(error).split("\n")[0]
+        if "InvalidAccessKeyId" in str(error) or "SignatureDoesNotMatch" in str(error):
+            raise UserError(f"{url}: access denied; check the credentials") from None
+        raise UserError(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None
+
+
+def list_objects(url: str, suffix: str = "", retry: dict = PATIENT) -> list[StoredObject]:
+    """Every object below a URL whose key ends with `suffix`, by key. Hidden ones (a part starting with _ or .) are left out.
+
+    Raises UserError for a bucket that is not there, refused credentials and a store that does not answer.
+    """
+    found = []
+    with explained(url):
+        try:
+            for batch in obstore.list(connect(url, retry), chunk_size=10_000, return_arrow=True):
+                columns = [batch[name].to_pylist() for name in ("path", "e_tag", "size")]
+                found += [StoredObject(k, (e or "").strip('"'), s) for k, e, s in zip(*columns, strict=True) if k.endswith(suffix)]
+        except (NotFoundError, FileNotFoundError):
+            raise UserError(f"{url}: there is no such {'bucket' if is_s3(url) else 'folder'}") from None
+    return sorted(o for o in found if not any(part[0] in "_." for part in o.key.split("/") if part))
+
+
+def read(url: str, key: str) -> bytes:
+    """One object, whole. Raises FileNotFoundError."""
+    with explained(url):
+        try:
+            return bytes(obstore.get(connect(url), key).bytes())
+        except NotFoundError:
+            raise FileNotFoundError(join(url, key)) from None
+
+
+def write(url: str, key: str, content: bytes) -> None:
+    """Publishes one object, whole: readers see the old one or the new one."""
+    with explained(url):
+        obstore.put(connect(url, create=True), key, content)
+
+
+def exists(url: str, key: str) -> bool:
+    with explained(url):
+        try:
+            obstore.head(connect(url), key)
+        except (NotFoundError, FileNotFoundError):
+            return False
+    return True
+
+
+def read_tail(url: str, key: str, size: int) -> bytes:
+    """The last `size` bytes of an object, or all of a smaller one. Raises FileNotFoundError."""
+    with explained(url):
+        try:
+            return bytes(obstore.get(connect(url), key, options={"range": {"suffix": size}}).bytes())
+        except NotFoundError:
+            raise FileNotFoundError(join(url, key)) from None

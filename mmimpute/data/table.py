@@ -1,0 +1,158 @@
+"""The enriched table: which objects belong to it, committed to a Delta log in one atomic step.
+
+The key of an output is a pure function of what it was made from, so a retry or a twin writes the same object, and
+what is done is found by listing.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Field, Schema
+from deltalake.exceptions import TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+
+from mmimpute.data import storage
+from mmimpute.data.shards import Shard, read_footer
+
+FOOTER_THREADS = 16
+UNSIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
+
+
+COUNTS = "mmimpute.counts"  # key of an enriched shard's metadata: what was imputed in it
+
+
+class Commit(NamedTuple):
+    """What a commit did. version: of the table afterwards; counts: rows and imputed values of what was added."""
+
+    version: int
+    added: int
+    removed: int
+    counts: dict
+
+
+class TableState(NamedTuple):
+    """A table at one version; version None: nothing was ever committed."""
+
+    version: int | None
+    keys: frozenset[str]
+
+
+def digest(*parts: str) -> str:
+    """32 hex digits that stand for the parts."""
+    return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def output_key(shard: Shard, model_digest: str, settings_digest: str) -> str:
+    """`<readable name>-<digest of the input's key>-<digest of all that the content depends on>.parquet`."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", shard.key.removesuffix(".parquet")).lstrip("._")[-80:]
+    return f"{stem}-{digest(shard.key)[:8]}-{digest(shard.key, shard.etag, model_digest, settings_digest)}.parquet"
+
+
+def source_of(key: str) -> str:
+    """The part of an output's key that is the same for every version of its input shard."""
+    return key.rsplit("-", 1)[0]
+
+
+def published(url: str) -> dict[str, Shard]:
+    """Every enriched object under the table's URL, committed or not, by key."""
+    try:
+        return {o.key: Shard(*o) for o in storage.list_objects(url, ".parquet")}
+    except storage.UserError:
+        if storage.is_s3(url):
+            raise
+        return {}  # a local folder that the first shard will make
+
+
+def table_state(url: str) -> TableState:
+    table = _open(url)
+    if table is None:
+        return TableState(None, frozenset())
+    return TableState(table.version(), frozenset(pa.table(table.get_add_actions())["path"].to_pylist()))
+
+
+def commit(url: str, wanted: Iterable[Shard], lineage: dict) -> Commit:
+    """Makes exactly these objects the enriched versions of their input shards, in one commit.
+
+    wanted: published objects of this run. Objects of other input shards stay. Nothing is committed where the table
+    holds all of them already.
+    """
+    wanted = {o.key: o for o in wanted}
+    table, (version, current) = _open(url), table_state(url)
+    added = [o for key, o in wanted.items() if key not in current]
+    sources = {source_of(key) for key in wanted}
+    removed = [key for key in current if key not in wanted and source_of(key) in sources]
+    if not added and not removed:
+        return Commit(version, 0, 0, {})
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda o: read_footer(url, o), added))
+    properties = CommitProperties(custom_metadata={"mmimpute": json.dumps(lineage)})
+    if table is None:
+        table = _create(url, footers)
+    elif new := _new_fields(table, footers):
+        table.alter.add_columns(new)
+    now = int(time.time() * 1000)
+    actions = [AddAction(o.key, o.size, {}, now, True, json.dumps({"numRecords": f.num_rows})) for o, f in zip(added, footers, strict=True)]
+    actions += [RemoveAction(key, True, now) for key in removed]
+    table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
+    return Commit(table_state(url).version, len(added), len(removed), add_counts(footers))
+
+
+def _create(url: str, footers: list[pq.FileMetaData]) -> DeltaTable:
+    """An empty table; where another run makes it at the same moment, that one."""
+    place, options = storage.normalise(url), storage.delta_options(url)
+    create_table_with_add_actions(place, delta_schema(_union(footers)), [], mode="ignore", storage_options=options)
+    return DeltaTable(place, storage_options=options)
+
+
+def _union(footers: list[pq.FileMetaData]) -> pa.Schema:
+    return pa.unify_schemas([f.schema.to_arrow_schema() for f in footers], promote_options="permissive")
+
+
+def add_counts(footers: Iterable[pq.FileMetaData]) -> dict:
+    """Rows, rows imputed from the prior, and rows and values imputed per modality, over enriched shards."""
+    total = {"rows": 0, "from_prior": 0, "imputed": {}}
+    for footer in footers:
+        counts = json.loads(footer.metadata[COUNTS.encode()])
+        total["rows"] += counts["rows"]
+        total["from_prior"] += counts["from_prior"]
+        for name, entry in counts["imputed"].items():
+            sums = total["imputed"].setdefault(name, {"rows": 0, "values": 0})
+            for key, value in entry.items():
+                sums[key] += value
+    return total
+
+
+def _open(url: str) -> DeltaTable | None:
+    try:
+        return DeltaTable(storage.normalise(url), storage_options=storage.delta_options(url))
+    except TableNotFoundError:
+        return None
+
+
+def delta_schema(arrow: pa.Schema) -> Schema:
+    """The table's schema: what the files hold, in the types that Delta knows (no unsigned integers, no nanoseconds)."""
+    return Schema.from_arrow(pa.schema([pa.field(f.name, _delta_type(f.type)) for f in arrow]))
+
+
+def _delta_type(kind: pa.DataType) -> pa.DataType:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _delta_type(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _delta_type(kind.value_type)
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_delta_type(kind.value_type))
+    return UNSIGNED.get(kind, kind)
+
+
+def _new_fields(table: DeltaTable, footers: list[pq.FileMetaData]) -> list[Field]:
+    known = {f.name for f in table.schema().fields}
+    return [f for f in delta_schema(_union(footers)).fields if f.name not in known] if footers else []

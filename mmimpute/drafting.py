@@ -1,0 +1,84 @@
+"""A cohort spec drafted from the shards themselves, for people to read and mend."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmimpute.data.profile import MOST_LEVELS, Statistics
+from mmimpute.data.schema import OUTPUT_SUFFIXES, CohortSchema, is_list, is_number, is_text, storage_type, value_type
+from mmimpute.errors import UserError
+from mmimpute.spec import CohortSpec, ModalitySpec
+
+SUBJECT_NAMES = ("subject_id", "patient_id", "person_id", "id")
+OUTCOMES = "outcome__"
+
+
+def guess_spec(arrow: pa.Schema) -> CohortSpec:
+    """List columns are modalities; so are scalar columns that share the part before `__`; `outcome__*` are outcomes.
+
+    Raises UserError where there is nothing to build on.
+    """
+    subject = next((n for n in SUBJECT_NAMES if n in arrow.names), arrow.names[0])
+    times = [f.name for f in arrow if pt.is_temporal(f.type) and f.name != subject]
+    modalities = {}
+    for field in arrow:
+        prefix, divided, _ = field.name.partition("__")
+        inner = value_type(field.type)
+        if field.name in (subject, *times) or field.name.startswith(OUTCOMES) or field.name.endswith(OUTPUT_SUFFIXES):
+            continue
+        if is_list(storage_type(field.type)) and is_number(inner):
+            modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name)
+        elif divided and prefix and (is_number(inner) or is_text(inner)):
+            modalities[prefix] = ModalitySpec(prefix=f"{prefix}__")
+    if not modalities:
+        raise UserError("no modality found: expected list columns, or scalar columns named modality__feature; write the spec by hand")
+    outcomes = (f"{OUTCOMES}*",) if any(n.startswith(OUTCOMES) for n in arrow.names) else ()
+    return CohortSpec(subject_id=subject, timestamp=times[0] if times else None, outcomes=outcomes, modalities=modalities)
+
+
+def without_free_text(spec: CohortSpec, schema: CohortSchema, seen: Statistics) -> CohortSpec:
+    """The spec without text columns that have too many levels to be a category; the same spec where there are none."""
+    modalities, at = dict(spec.modalities), 0
+    for modality in schema.modalities:
+        levels = seen.levels[at : at + len(modality.features)]
+        at += len(modality.features)
+        kept = tuple(f.name for f, n in zip(modality.features, levels, strict=True) if n is None or len(n) <= MOST_LEVELS)
+        if not kept:
+            del modalities[modality.name]
+        elif len(kept) < len(modality.features):
+            modalities[modality.name] = modalities[modality.name].model_copy(update={"features": kept})
+    return spec.model_copy(update={"modalities": modalities})
+
+
+def left_out(spec: CohortSpec, schema: CohortSchema, arrow: pa.Schema) -> list[str]:
+    """Columns that the spec makes no use of."""
+    used = {*schema.columns, spec.timestamp}
+    return [n for n in arrow.names if n not in used and not n.startswith(OUTCOMES)]
+
+
+def to_toml(spec: CohortSpec, schema: CohortSchema, unused: list[str]) -> str:
+    """The settled spec as TOML. JSON writes strings, numbers and lists of them as TOML does."""
+    lines = ["# Drafted by `mmimpute describe` from the shards. Check the kinds, and which columns are outcomes."]
+    if unused:
+        lines.append("# Columns left out (free text, dates, or no modality in their name): " + ", ".join(map(repr, unused)))
+    lines.append(f"subject_id = {json.dumps(spec.subject_id)}")
+    if spec.timestamp:
+        lines.append(f"timestamp = {json.dumps(spec.timestamp)}")
+    if spec.outcomes:
+        lines.append(f"outcomes = {json.dumps(list(spec.outcomes))}")
+    for modality in schema.modalities:
+        lines += ["", *_modality(spec.modalities[modality.name], modality)]
+    return "\n".join(lines) + "\n"
+
+
+def _modality(spec: ModalitySpec, modality) -> list[str]:
+    name = json.dumps(modality.name)
+    kinds = [f.kind for f in modality.features]
+    place = f"column = {json.dumps(spec.column)}" if spec.column else f"prefix = {json.dumps(spec.prefix)}"
+    lines = [f"[modalities.{name}]", place, f"features = {json.dumps([f.name for f in modality.features])}"]
+    lines.append(f"kinds = {json.dumps(kinds[0] if len(set(kinds)) == 1 else kinds)}")
+    if levels := {f.name: f.levels for f in modality.features if f.levels}:
+        lines.append(f"[modalities.{name}.levels]")
+        lines += [f"{json.dumps(feature)} = {json.dumps(list(values))}" for feature, values in levels.items()]
+    return lines

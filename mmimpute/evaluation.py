@@ -1,0 +1,151 @@
+"""How good the imputations are: every modality hidden in turn on held-out records, against the column mean.
+
+Skill = 1 - loss / loss of the training marginal; loss = CRPS of Gaussian(mean, std) for numbers, log-loss for binary
+and categorical features. 0 = no better than ignoring the record, 1 = perfect.
+"""
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.schema import Modality
+from mmimpute.data.tensors import to_model
+from mmimpute.registry import Model
+
+NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+MOST_CELLS = 20_000_000  # records x features in memory
+MOST_RECORDS = 10_000
+CLIP = 1e-4
+
+
+def most_records(width: int) -> int:
+    """How many held-out records an evaluation holds in memory; beyond some thousands the error bars no longer shrink visibly."""
+    return min(MOST_RECORDS, max(500, MOST_CELLS // width))
+
+
+def crps(y: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Continuous ranked probability score of Gaussian(mean, std) at y, in y's units (Gneiting & Raftery 2007, eq. 21)."""
+    z = (y - mean) / std
+    return std * (z * (2 * ndtr(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+
+
+def log_loss(y: np.ndarray, p: np.ndarray) -> np.ndarray:
+    p = np.clip(p, CLIP, 1 - CLIP)
+    return -(y * np.log(p) + (1 - y) * np.log1p(-p))
+
+
+def evaluate(model: Model, x: np.ndarray) -> dict:
+    """Accuracy and calibration on held-out records x, n x width, NaN where not observed.
+
+    Per modality: the records that hold it and something else, with the whole modality hidden. The column mean is
+    that of the training split. Modalities seen in fewer than SMALLEST_GROUP records are left out.
+    """
+    starts = np.cumsum([0, *model.widths])
+    found = {}
+    for at, modality in enumerate(model.schema.modalities):
+        own = slice(starts[at], starts[at + 1])
+        others = np.delete(x, np.arange(own.start, own.stop), axis=1)
+        rows = ~np.isnan(x[:, own]).all(1) & ~np.isnan(others).all(1)
+        if modality.impute and rows.sum() >= SMALLEST_GROUP:
+            hidden = x[rows].copy()
+            truth = hidden[:, own].copy()
+            hidden[:, own] = np.nan
+            mean, std, draws = _predict(model, hidden, at)
+            found[modality.name] = _score(modality, truth, mean, std, draws, *_marginal(model, at))
+    return {"rows": len(x), "modalities": found}
+
+
+def _predict(model: Model, x: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    values, observed = to_model(x, model.widths)
+    with torch.inference_mode():
+        predicted = model.module.predict(values, observed)
+        drawn = model.module.impute([(v, 1) for v in values], generator=torch.Generator().manual_seed(0))
+    return predicted.mean[at].numpy(), predicted.std[at].numpy(), drawn[at].numpy()
+
+
+def _marginal(model: Model, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of the training split in original units: what is said of a record of which nothing is known."""
+    standard = model.module.standardise[at]
+    zero = torch.zeros(1, 1, len(standard.mean))
+    mean, std = standard.moments(zero, zero + 1)
+    return mean[0].numpy(), std[0].numpy()
+
+
+def _score(modality: Modality, y, mean, std, draws, m0, s0) -> dict:
+    kinds = np.array([f.kind for f in modality.features])
+    features = [_feature(f.name, f.kind, y[:, d], mean[:, d], std[:, d], m0[d], s0[d]) for d, f in enumerate(modality.features)]
+    scored = [f for f in features if f is not None]
+    numbers = np.flatnonzero(~np.isin(kinds, ("binary", "categorical")))
+    binary = np.flatnonzero(kinds == "binary")
+    return {
+        "rows": len(y),
+        "skill": _average(scored, "skill"),
+        "r2": _average(scored, "r2"),
+        "auroc": _average(scored, "auroc"),
+        "features": scored,
+        **_intervals(y[:, numbers], mean[:, numbers], std[:, numbers]),
+        **_reliability(y[:, binary], mean[:, binary]),
+        "distributions": [_distribution(f.name, y[:, d], draws[:, d]) for d, f in enumerate(modality.features) if f.kind != "categorical"][:12],
+    }
+
+
+def _average(features: list[dict], name: str) -> float | None:
+    values = [f[name] for f in features if f[name] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _feature(name: str, kind: str, y, mean, std, m0: float, s0: float) -> dict | None:
+    seen = ~np.isnan(y)
+    y, mean, std = (a[seen].astype(np.float64) for a in (y, mean, std))
+    if len(y) < SMALLEST_GROUP or (kind != "categorical" and s0 <= 1e-8):
+        return None
+    found = {"name": name, "kind": kind, "n": len(y), "skill": None, "r2": None, "auroc": None}
+    if kind == "categorical":  # the mean is the most probable level, its probability is not kept: accuracy over the commonest
+        commonest = np.bincount(y.astype(int)).argmax()
+        base = np.mean(y != commonest)
+        return found | {"skill": float(1 - np.mean(y != mean) / base) if base else None}
+    if kind == "binary":
+        base = log_loss(y, np.full_like(y, m0)).mean()
+        both = 0 < y.mean() < 1
+        return found | {"skill": float(1 - log_loss(y, mean).mean() / base), "auroc": float(roc_auc_score(y, mean)) if both else None}
+    loss, base = crps(y, mean, np.maximum(std, 1e-6 * s0)).mean(), crps(y, m0, s0).mean()
+    spread = ((y - m0) ** 2).sum()
+    return found | {"skill": float(1 - loss / base), "r2": float(1 - ((y - mean) ** 2).sum() / spread) if spread > 0 else None}
+
+
+def _intervals(y, mean, std) -> dict:
+    """Share of values inside the central intervals, and the probability integral transform."""
+    seen = ~np.isnan(y)
+    if seen.sum() < SMALLEST_GROUP:
+        return {"cover90": None, "calibration": None, "pit": None}
+    z = ((y - mean) / np.maximum(std, 1e-12))[seen]
+    covered = [float((np.abs(z) <= norm.ppf(0.5 + level / 2)).mean()) for level in NOMINAL]
+    pit = np.histogram(ndtr(z), 20, (0, 1))[0].tolist()
+    return {"cover90": covered[NOMINAL.index(0.9)], "calibration": {"nominal": list(NOMINAL), "observed": covered}, "pit": pit}
+
+
+def _reliability(y, p) -> dict:
+    """Expected calibration error over ten equal bins, pooled over features."""
+    seen = ~np.isnan(y)
+    if seen.sum() < SMALLEST_GROUP:
+        return {"ece": None, "reliability": []}
+    y, p = y[seen], p[seen]
+    bins = np.minimum((p * 10).astype(int), 9)
+    cells = [(p[bins == b].mean(), y[bins == b].mean(), int((bins == b).sum())) for b in np.unique(bins)]
+    error = sum(abs(predicted - seen_share) * n for predicted, seen_share, n in cells) / len(y)
+    return {"ece": float(error), "reliability": [{"predicted": float(a), "observed": float(b), "n": n} for a, b, n in cells]}
+
+
+def _distribution(name: str, y: np.ndarray, draws: np.ndarray) -> dict:
+    """Histograms of what was observed and of one draw for the same records, over the range that 10 people share on either side."""
+    seen = ~np.isnan(y)
+    values = np.sort(y[seen])
+    if len(values) < 2 * SMALLEST_GROUP:
+        return {"name": name, "edges": [], "observed": [], "imputed": []}
+    low, high = values[SMALLEST_GROUP - 1], values[-SMALLEST_GROUP]
+    edges = np.linspace(low, high if high > low else low + 1, 21)
+    counts = [np.histogram(np.clip(v[seen], edges[0], edges[-1]), edges)[0].tolist() for v in (y, draws)]
+    return {"name": name, "edges": edges.tolist(), "observed": counts[0], "imputed": counts[1]}

@@ -1,0 +1,182 @@
+"""The jobs that the command line and the flows call: each one runs on Ray and leaves its result in storage."""
+
+import json
+import time
+from collections.abc import Callable
+
+import mmimpute
+from mmimpute import registry
+from mmimpute.cluster import fit as training
+from mmimpute.cluster import generate as generation
+from mmimpute.cluster import ingest, runtime
+from mmimpute.cluster.impute import impute_shards
+from mmimpute.data import profile, table
+from mmimpute.data.schema import CohortSchema
+from mmimpute.data.shards import Shard
+from mmimpute.data.split import BOUNDS
+from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
+from mmimpute.errors import UserError
+from mmimpute.evaluation import evaluate, most_records
+from mmimpute.generating import SHARD_ROWS
+from mmimpute.imputing import settings_digest
+from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.planning import Survey, columns_of, survey, survey_for
+from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
+
+Progress = Callable[[dict], None]
+LEAST_ROWS = 50  # fewer records are no training data
+
+
+def ignore(_: dict) -> None:
+    """The progress callback of whoever does not watch."""
+
+
+def describe_cohort(url: str, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+    """Profiles all records and drafts the spec. Returns {profile, spec (TOML text), set_aside}."""
+    arrow = columns_of(url)
+    spec = guess_spec(arrow)
+    with runtime.cluster(cluster):
+        while True:
+            found = survey(url, spec)
+            seen, bad = _observe(found, False, on_shard)
+            kept = without_free_text(spec, found.schema, seen)
+            if kept == spec:
+                break
+            spec = kept  # what is left of the columns is profiled anew, without the text
+    schema, seen = profile.settle(found.schema, seen)
+    text = to_toml(spec, schema, left_out(spec, schema, arrow))
+    return {"profile": profile.report(schema, seen), "spec": text, "set_aside": found.set_aside | bad}
+
+
+def _observe(found: Survey, training_only: bool, on_shard: Progress) -> tuple[profile.Statistics, dict[str, str]]:
+    total = len(found.shards)
+    return ingest.profile(
+        found.url, found.shards, found.schema, found.rows, training_only, lambda done: on_shard({"profiled": done, "of": total})
+    )
+
+
+def fingerprint(found: Survey, settings: FitSettings) -> str:
+    """What a model is fitted on: shards, spec, settings and version. The number of workers only divides the work."""
+    chosen = settings.model_dump_json(exclude={"workers", "gpus_per_worker", "cache_share"})
+    return table.digest(found.fingerprint, chosen, mmimpute.__version__)
+
+
+def standing_champion(home: str, fitted_on: str) -> str | None:
+    """The champion's digest, if it was fitted on just this."""
+    name = registry.champion(home)
+    if name and registry.describe(home).fitted_on == fitted_on:
+        return name
+    return None
+
+
+def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterSettings, on_progress: Progress = ignore) -> dict:
+    """Fits a model and makes it the champion, unless the champion was fitted on just this.
+
+    Returns {digest, model (its URL), trained, set_aside, seconds}.
+    """
+    began = time.perf_counter()
+    fitted_on = fingerprint(found, settings)
+    name = standing_champion(home, fitted_on)
+    if name:
+        aside = registry.read_record(registry.locate(home), "set_aside") or {}
+        return {"digest": name, "model": registry.locate(home), "trained": False, "set_aside": aside, "seconds": 0.0}
+    with runtime.cluster(cluster):
+        seen, bad = _observe(found, True, on_progress)
+        schema, seen = profile.settle(found.schema, seen)
+        good = [s for s in found.shards if s.key not in bad]
+        low, high = BOUNDS["train"]
+        rows = int(seen.rows * (high - low))
+        if rows < LEAST_ROWS:
+            raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
+        statistics = profile.feature_statistics(schema, seen)
+        job = training.Job(fitted_on, found.url, good, schema, _config(schema, settings), statistics, rows, settings)
+        fitted = training.fit(job, home, on_progress)
+        name = registry.save(home, fitted.module, schema, fitted_on)
+        place = f"{home.rstrip('/')}/{name}"
+        for record, value in {"profile": profile.report(schema, seen), "history": fitted.history, "set_aside": bad}.items():
+            registry.write_record(place, record, value)
+        registry.promote(home, name)
+        training.clear(home, fitted_on)
+    return {"digest": name, "model": registry.locate(home), "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
+
+
+def _config(schema: CohortSchema, settings: FitSettings) -> ModelConfig:
+    modalities = tuple(
+        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide) for m in schema.modalities
+    )
+    return ModelConfig(modalities, **({"shared": settings.z0} if settings.z0 else {}))
+
+
+def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
+    """Accuracy on held-out subjects (see `evaluation.evaluate`); kept beside the model where it was fitted on these shards.
+
+    Raises UserError where no subject is held out.
+    """
+    model = registry.load(place)
+    with runtime.cluster(cluster):
+        bad = registry.read_record(place, "set_aside") or {}
+        good = [s for s in found.shards if s.key not in bad]
+        x = ingest.take(ingest.records(found.url, good, model.schema, "held_out"), most_records(model.schema.width))
+    if x is None or not len(x):
+        raise UserError(f"{found.url}: no held-out record among {found.rows}; give more records")
+    return evaluate(model, x)
+
+
+def impute_table(found: Survey, place: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+    """Imputes the shards that have no enriched version under this model and these settings yet.
+
+    Returns {shards, done_before, set_aside, rows, seconds: {read, model, write, all}}; commits nothing.
+    """
+    began = time.perf_counter()
+    expected = expected_outputs(found, place, settings)
+    done = expected.keys() & table.published(output).keys()
+    todo = [shard for key, shard in expected.items() if key not in done]
+    found_bad, rows, seconds = {}, 0, {"read": 0.0, "model": 0.0, "write": 0.0}
+    if todo:
+        with runtime.cluster(cluster):
+            for number, status in enumerate(impute_shards(place, found.url, todo, output, settings, cluster), 1):
+                if status["error"]:
+                    found_bad[status["shard"]] = status["error"]
+                rows += status["rows"]
+                for phase in seconds:
+                    seconds[phase] += status["seconds"][phase]
+                on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
+    seconds["all"] = time.perf_counter() - began
+    return {"shards": len(found.shards), "done_before": len(done), "set_aside": found.set_aside | found_bad, "rows": rows, "seconds": seconds}
+
+
+def expected_outputs(found: Survey, place: str, settings: ImputeSettings) -> dict[str, Shard]:
+    """Key of the enriched version -> input shard."""
+    name = registry.digest_of(place)
+    return {table.output_key(s, name, settings_digest(settings)): s for s in found.shards}
+
+
+def commit_table(found: Survey, place: str, output: str, settings: ImputeSettings) -> dict:
+    """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}."""
+    expected = expected_outputs(found, place, settings)
+    wanted = [o for key, o in table.published(output).items() if key in expected]
+    if not wanted:
+        raise UserError(f"{output}: nothing was imputed, so nothing is committed; see the shards set aside")
+    lineage = {"version": mmimpute.__version__, "model": place, "shards": found.url, "settings": json.loads(settings.model_dump_json())}
+    done = table.commit(output, wanted, lineage)
+    return {"table": output, **done._asdict()}
+
+
+def impute_cohort(model: str, shards: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+    """Survey, imputation and commit in one: what `mmimpute impute` does."""
+    place = registry.locate(model)
+    found = survey_for(shards, registry.describe(place).cohort)
+    imputed = impute_table(found, place, output, settings, cluster, on_shard)
+    return imputed | {"committed": commit_table(found, place, output, settings)}
+
+
+def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+    """Writes n synthetic records as shards. Returns {shards, rows}."""
+    place = registry.locate(model)
+    sizes = [min(SHARD_ROWS, n - start) for start in range(0, n, SHARD_ROWS)]
+    rows = 0
+    with runtime.cluster(cluster):
+        for number, status in enumerate(generation.generate_shards(place, output, sizes, seed, cluster), 1):
+            rows += status["rows"]
+            on_shard({"generated": number, "of": len(sizes), "rows": rows})
+    return {"shards": len(sizes), "rows": rows}

@@ -1,0 +1,81 @@
+"""What a model is made of: frozen, checked when it is built, written next to the weights as JSON."""
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+KINDS = ("real", "binary", "count", "ordinal", "categorical")
+
+
+def _check_keys(cls: type, found: Mapping[str, Any]) -> None:
+    valid = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(found) - set(valid))
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown keys {unknown}; valid keys are {valid}")
+
+
+@dataclass(frozen=True)
+class ModalityConfig:
+    """One modality: a kind per feature, a number of levels per ordinal or categorical one (values 0..levels-1)."""
+
+    name: str
+    kinds: tuple[str, ...]
+    levels: tuple[int, ...] = ()
+    hide: float = 0.5  # how readily training hides it, relative to the other modalities
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        object.__setattr__(self, "levels", tuple(int(n) for n in self.levels) or (0,) * len(self.kinds))
+        if not self.kinds:
+            raise ValueError(f"modality {self.name!r} has no features")
+        wrong = sorted(set(self.kinds) - set(KINDS))
+        if wrong:
+            raise ValueError(f"modality {self.name!r}: unknown kinds {wrong}; valid kinds are {list(KINDS)}")
+        if len(self.levels) != len(self.kinds):
+            raise ValueError(f"modality {self.name!r}: {len(self.levels)} levels for {len(self.kinds)} features")
+        if any(n < 2 for n, k in zip(self.levels, self.kinds) if k in ("ordinal", "categorical")):
+            raise ValueError(f"modality {self.name!r}: ordinal and categorical features need at least 2 levels")
+        if not 0 < self.hide <= 1:
+            raise ValueError(f"modality {self.name!r}: hide is {self.hide}, expected a value in (0, 1]")
+
+    @property
+    def width(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def private(self) -> int:
+        """Size of the private latent: grows with the square root of the width, 4 to 32."""
+        return min(32, max(4, 2 * math.ceil(math.sqrt(self.width))))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and objective. The defaults were chosen on tune splits of three cohorts (see objective.py)."""
+
+    modalities: tuple[ModalityConfig, ...]
+    shared: int = 64            # size of z0
+    hidden: int = 256           # width of the trunk of q(z0 | x)
+    decoder: int = 128          # width of the private encoders and decoders
+    dropout: float = 0.3
+    piecewise_limit: int = 64   # modalities up to this width get the piecewise-linear encoding
+    elbo_weight: float = 0.03   # weight of L_elbo in the objective, L_impute's being 1
+    impute_draws: int = 8       # latent draws per record in L_impute, in antithetic pairs
+    hide_one: float = 0.8       # probability that exactly one modality is hidden
+    drop_values: float = 0.5    # share of training records of which the encoders see only a part of the values
+    pair_weight: float = 0.25   # weight of the score of pairs of features, which trains their dependence
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", tuple(self.modalities))
+        names = [m.name for m in self.modalities]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"expected at least one modality, with different names; found {names}")
+        if self.impute_draws < 4 or self.impute_draws % 2:
+            raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of dataclasses.asdict, also after a trip through JSON."""
+        _check_keys(cls, found)
+        for m in found["modalities"]:
+            _check_keys(ModalityConfig, m)
+        return cls(**{**found, "modalities": tuple(ModalityConfig(**m) for m in found["modalities"])})

@@ -1,0 +1,255 @@
+"""p(xj | zj, z0): one likelihood per feature, by kind, vectorised per kind.
+
+Targets are what a likelihood is asked about: standardised values of real features, and the values themselves
+(0/1, counts, level indices) of the other kinds.
+
+Shape suffixes: B records, D features, S draws, F features of one kind, M levels, P decoder outputs.
+"""
+import math
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor, nn
+
+from mmimpute.model.config import KINDS, ModalityConfig
+from mmimpute.model.standardise import Standardise
+
+LOG_SD = (-4.0, 2.0)
+FAR = 30.0                         # a logit that is as good as infinite, with finite gradients
+MARGINAL_CRPS = 1 / math.sqrt(math.pi)   # expected CRPS of N(0, 1) about itself
+Heads = dict[str, Tensor]          # kind -> (..., F, outputs per feature)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    return -0.5 * ((x - mean) * torch.exp(-log_sd)).square() - log_sd - 0.5 * math.log(2 * math.pi)
+
+
+def bernoulli_log_prob(x: Tensor, logit: Tensor) -> Tensor:
+    return x * logit - fn.softplus(logit)
+
+
+def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_size: Tensor) -> Tensor:
+    """Variance = mean + mean^2 / size."""
+    size, log_sum = log_size.exp(), torch.logaddexp(log_mean, log_size)
+    return (torch.lgamma(x + size) - torch.lgamma(size) - torch.lgamma(x + 1)
+            + size * (log_size - log_sum) + x * (log_mean - log_sum))
+
+
+def ordinal_log_probs(eta: Tensor, cuts: Tensor) -> Tensor:
+    """Log-probability of each level; P(x <= m) = sigmoid(cut_m - eta), cuts increasing."""
+    edges = cuts - eta.unsqueeze(-1)
+    far = torch.full_like(edges[..., :1], FAR)
+    upper, lower = torch.cat([edges, far], -1), torch.cat([-far, edges], -1)
+    gap = (upper - lower).clamp_min(1e-6)
+    return fn.logsigmoid(upper) + fn.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+
+
+def mean_absolute(centre: Tensor, sd: Tensor) -> Tensor:
+    """E|N(centre, sd^2)|."""
+    ratio = centre / sd
+    return centre * torch.erf(ratio / math.sqrt(2)) + sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * ratio.square())
+
+
+def mixture_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
+    """Unbiased CRPS of the full mixture from S of its components, in closed form for each pair of them.
+
+    The components come from antithetic latents: the second half of the draws mirrors the first. A draw is set
+    against all others but its own mirror image, which is not independent of it.
+    """
+    half = mean_S.shape[0] // 2
+    spread = torch.zeros_like(x)
+    for shift in range(1, half):
+        other_mean, other_sd = mean_S.roll(shift, 0), sd_S.roll(shift, 0)
+        spread = spread + mean_absolute(mean_S - other_mean, torch.hypot(sd_S, other_sd)).mean(0)
+    return mean_absolute(x - mean_S, sd_S).mean(0) - 0.5 * spread / (half - 1)
+
+
+class Likelihoods(nn.Module):
+    """The likelihoods of one modality's features; `size` decoder outputs, all zero = the training marginal."""
+
+    def __init__(self, config: ModalityConfig, standardise: Standardise) -> None:
+        super().__init__()
+        index = {k: [i for i, kind in enumerate(config.kinds) if kind == k] for k in KINDS}
+        self.kinds = [k for k in KINDS if index[k]]
+        self.levels = {k: max((config.levels[i] for i in index[k]), default=0) for k in ("ordinal", "categorical")}
+        self.outputs = {"real": 2, "binary": 1, "count": 2, "ordinal": 1, "categorical": self.levels["categorical"]}
+        self.counts = {k: len(index[k]) for k in self.kinds}
+        self.size = sum(self.counts[k] * self.outputs[k] for k in self.kinds)
+        for k in KINDS:
+            self.register_buffer(f"{k}_F", torch.tensor(index[k], dtype=torch.long), persistent=False)
+        order = [i for k in self.kinds for i in index[k]]
+        self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
+        self._marginals(config, standardise)
+
+    def _marginals(self, config: ModalityConfig, standardise: Standardise) -> None:
+        """Offsets that make zero outputs the marginal, and the marginal's score by which each score is divided."""
+        mean_D, std_D, unit_D = standardise.mean, standardise.std, standardise.unit
+        prevalence_F = mean_D[self.binary_F].clamp(1e-3, 1 - 1e-3)
+        self.register_buffer("base_logit_F", torch.logit(prevalence_F))
+        level_F = (mean_D[self.count_F] + 0.5 * std_D[self.count_F].square()).clamp(1e-3, 20)
+        self.register_buffer("base_log_mean_F", torch.log(torch.expm1(level_F) * unit_D[self.count_F]))
+        if "ordinal" in self.kinds:   # parameters without elements would never get a gradient
+            self._cut_points(config, mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None])
+        levels_F = torch.tensor([config.levels[i] for i in self.categorical_F], dtype=torch.long)
+        self.register_buffer("unused_levels_FM", torch.arange(self.levels["categorical"]) >= levels_F[:, None],
+                             persistent=False)
+        entropy = fn.binary_cross_entropy(prevalence_F, prevalence_F, reduction="none").clamp_min(0.05)
+        scale_D = torch.ones_like(mean_D)
+        scale_D[self.real_F], scale_D[self.binary_F] = MARGINAL_CRPS, entropy
+        scale_D[self.categorical_F] = torch.log(levels_F.float())
+        scale_D[self.ordinal_F] = torch.log(torch.tensor([float(config.levels[i]) for i in self.ordinal_F]))
+        self.register_buffer("marginal_score_D", scale_D)
+
+    def _cut_points(self, config: ModalityConfig, mean_F1: Tensor, std_F1: Tensor) -> None:
+        """Trainable cuts, at first those of a logistic of the level's mean and spread."""
+        levels_F = torch.tensor([config.levels[i] for i in self.ordinal_F])
+        step_M = torch.arange(self.levels["ordinal"] - 1)
+        cuts_FM = ((step_M + 0.5 - mean_F1) / (0.55 * std_F1)).clamp(-FAR / 2, FAR / 2)
+        # Beyond a feature's last level the cut is out of reach.
+        self.register_buffer("unused_cuts_FM", step_M >= levels_F[:, None] - 1, persistent=False)
+        self.first_cut_F = nn.Parameter(cuts_FM[:, 0])
+        if cuts_FM.shape[1] > 1:
+            self.gaps_FM = nn.Parameter(torch.log(torch.expm1(cuts_FM.diff(dim=1).clamp_min(1e-2))))
+
+    def heads(self, raw: Tensor) -> Heads:
+        """Split decoder outputs (..., P) by kind and turn them into distribution parameters."""
+        parts = raw.float().split([self.counts[k] * self.outputs[k] for k in self.kinds], -1)
+        heads = {k: p.unflatten(-1, (self.counts[k], self.outputs[k])) for k, p in zip(self.kinds, parts)}
+        if "real" in heads:
+            mean, log_sd = heads["real"].unbind(-1)
+            heads["real"] = torch.stack([mean, log_sd.clamp(*LOG_SD)], -1)
+        if "binary" in heads:
+            heads["binary"] = heads["binary"] + self.base_logit_F[:, None]
+        if "count" in heads:
+            log_mean, log_size = heads["count"].unbind(-1)
+            heads["count"] = torch.stack([(log_mean + self.base_log_mean_F).clamp(-12, 16), log_size.clamp(-6, 8)], -1)
+        if "ordinal" in heads:
+            heads["ordinal"] = ordinal_log_probs(heads["ordinal"].squeeze(-1), self._cuts())
+        if "categorical" in heads:
+            heads["categorical"] = heads["categorical"].masked_fill(self.unused_levels_FM, -FAR).log_softmax(-1)
+        return heads
+
+    def _cuts(self) -> Tensor:
+        cuts_FM = self.first_cut_F[:, None]
+        if hasattr(self, "gaps_FM"):
+            cuts_FM = torch.cat([cuts_FM, cuts_FM + fn.softplus(self.gaps_FM).cumsum(1)], 1)
+        return torch.where(self.unused_cuts_FM, cuts_FM.detach().clamp_min(2 * FAR), cuts_FM)
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1).index_select(-1, self.inverse_D)
+
+    def _of_kind(self, x: Tensor, kind: str) -> Tensor:
+        return x if len(self.kinds) == 1 else x.index_select(-1, getattr(self, f"{kind}_F"))
+
+    def log_prob(self, heads: Heads, target_D: Tensor) -> Tensor:
+        """Log-likelihood per feature, (..., D), of targets that broadcast against the heads."""
+        parts = []
+        for kind in self.kinds:
+            x, head = self._of_kind(target_D, kind), heads[kind]
+            if kind == "real":
+                parts.append(gaussian_log_prob(x, head[..., 0], head[..., 1]))
+            elif kind == "binary":
+                parts.append(bernoulli_log_prob(x, head[..., 0]))
+            elif kind == "count":
+                parts.append(negative_binomial_log_prob(x, head[..., 0], head[..., 1]))
+            else:
+                level = x.long().clamp(0, head.shape[-1] - 1)
+                shape = torch.broadcast_shapes(level.shape, head.shape[:-1])
+                head = head.expand(*shape, head.shape[-1])
+                parts.append(head.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1))
+        return self._join(parts)
+
+    def score(self, heads: Heads, target_BD: Tensor, log_prob_SBD: Tensor) -> Tensor:
+        """Proper score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of real
+        features, minus the log of the mixture's probability of the others."""
+        score_BD = math.log(log_prob_SBD.shape[0]) - log_prob_SBD.logsumexp(0)
+        if "real" in heads:
+            mean_S, sd_S = heads["real"][..., 0], heads["real"][..., 1].exp()
+            crps_BF = mixture_crps(self._of_kind(target_BD, "real"), mean_S, sd_S)
+            score_BD = crps_BF if len(self.kinds) == 1 else score_BD.index_copy(-1, self.real_F, crps_BF)
+        return score_BD / self.marginal_score_D
+
+    def pair_score(self, heads: Heads, target_BD: Tensor, seen_BD: Tensor,
+                   generator: torch.Generator | None = None) -> Tensor:
+        """CRPS of sums or differences of random pairs of real features, mean per record.
+
+        The score of single features says nothing of their dependence; a score of all their pairwise sums and
+        differences is proper for the covariances as well (a sliced energy score, closed form given the draws).
+        """
+        count = self.counts.get("real", 0)
+        if count < 2:
+            return target_BD.new_zeros(target_BD.shape[0])
+        device = target_BD.device
+        order = torch.randperm(count, generator=generator, device=device)
+        sign_F = 2.0 * torch.randint(0, 2, (count,), generator=generator, device=device) - 1
+        paired = lambda t: (t[..., order], t[..., order.roll(1)])  # noqa: E731
+        first, second = paired(self._of_kind(target_BD, "real"))
+        seen_BF = torch.logical_and(*paired(self._of_kind(seen_BD, "real")))
+        mean_first, mean_second = paired(heads["real"][..., 0])
+        sd_SBF = torch.hypot(*paired(heads["real"][..., 1].exp()))
+        crps_BF = mixture_crps(first + sign_F * second, mean_first + sign_F * mean_second, sd_SBF)
+        scale = math.sqrt(2) * MARGINAL_CRPS
+        return (crps_BF * seen_BF).sum(1) / seen_BF.sum(1).clamp_min(1) / scale
+
+    def sample(self, heads: Heads, standardise: Standardise, generator: torch.Generator | None = None) -> Tensor:
+        """One draw per entry of the heads, in original units."""
+        parts = []
+        for kind in self.kinds:
+            head = heads[kind]
+            if kind == "real":
+                noise = torch.randn(head.shape[:-1], generator=generator, device=head.device)
+                parts.append(head[..., 0] + head[..., 1].exp() * noise)
+            elif kind == "binary":
+                chance = torch.rand(head.shape[:-1], generator=generator, device=head.device)
+                parts.append((chance < torch.sigmoid(head[..., 0])).float())
+            elif kind == "count":
+                rate = torch._standard_gamma(head[..., 1].exp(), generator=generator)
+                parts.append(torch.poisson(rate * torch.exp(head[..., 0] - head[..., 1]), generator=generator))
+            else:
+                level = torch.multinomial(head.exp().flatten(0, -2), 1, generator=generator)
+                parts.append(level.view(head.shape[:-1]).float())
+        return self._original(self._join(parts), standardise)
+
+    def _original(self, target: Tensor, standardise: Standardise) -> Tensor:
+        if "real" not in self.kinds:
+            return target
+        restored = standardise.inverse(target)
+        if len(self.kinds) == 1:
+            return restored
+        return target.index_copy(-1, self.real_F, restored.index_select(-1, self.real_F))
+
+    def moments(self, heads: Heads, standardise: Standardise) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the mixture over the leading S, in original units. A categorical feature
+        has its mode as `mean` and sqrt(1 - sum p^2) as `std`."""
+        means, stds = [], []
+        for kind in self.kinds:
+            head = heads[kind]
+            if kind == "real":
+                mean, std = self._real_moments(head, standardise)
+            elif kind == "binary":
+                mean = torch.sigmoid(head[..., 0]).mean(0)
+                std = (mean * (1 - mean)).sqrt()
+            elif kind == "count":
+                rate = head[..., 0].exp()
+                mean = rate.mean(0)
+                std = (rate + rate.square() * (-head[..., 1]).exp() + (rate - mean).square()).mean(0).sqrt()
+            else:
+                chance = head.exp().mean(0)
+                level = torch.arange(chance.shape[-1], device=chance.device, dtype=chance.dtype)
+                if kind == "ordinal":
+                    mean = (chance * level).sum(-1)
+                    std = (chance * (level - mean.unsqueeze(-1)).square()).sum(-1).sqrt()
+                else:
+                    mean = chance.argmax(-1).float()
+                    std = (1 - chance.square().sum(-1)).clamp_min(0).sqrt()
+            means.append(mean)
+            stds.append(std)
+        return self._join(means), self._join(stds)
+
+    def _real_moments(self, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
+        mean_SBF, sd_SBF = head[..., 0], head[..., 1].exp()
+        if len(self.kinds) == 1:
+            return standardise.moments(mean_SBF, sd_SBF)
+        shape = mean_SBF.shape[:-1] + (standardise.mean.shape[0],)
+        full = [mean_SBF.new_zeros(shape).index_copy(-1, self.real_F, t) for t in (mean_SBF, sd_SBF)]
+        return tuple(m.index_select(-1, self.real_F) for m in standardise.moments(*full))

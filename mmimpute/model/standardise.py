@@ -1,0 +1,83 @@
+"""Original units <-> standardised units, held as buffers so that the same code runs on any device.
+
+Shape suffixes: B records, D features, S draws, Q quadrature nodes, O octile edges.
+"""
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LIMIT = 1.0   # standard deviations beyond the sampled range at which an inverse log transform stops growing
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of one modality's training values, after the transform; arrays or tensors of D rows."""
+
+    mean: Any   # (D,)
+    std: Any    # (D,)
+    log: Any    # (D,) bool: transform is sign(x) log1p(|x| / unit)
+    unit: Any   # (D,)
+    knots: Any  # (D, 9) octile edges in standardised units, first the minimum, last the maximum
+
+    @classmethod
+    def blank(cls, width: int) -> "FeatureStatistics":
+        """Placeholders, to be overwritten by a state dict."""
+        return cls(np.zeros(width), np.ones(width), np.zeros(width, bool), np.ones(width),
+                   np.tile(np.linspace(-1, 1, 9), (width, 1)))
+
+
+class Standardise(nn.Module):
+    """One modality's transform and scale."""
+
+    def __init__(self, statistics: FeatureStatistics) -> None:
+        super().__init__()
+        for name in ("mean", "std", "unit", "knots"):
+            value = torch.as_tensor(np.asarray(getattr(statistics, name)), dtype=torch.float32).clone()
+            self.register_buffer(name, value)
+        self.register_buffer("log", torch.as_tensor(np.asarray(statistics.log), dtype=torch.bool).clone())
+        d = self.mean.shape[0]
+        if self.knots.shape != (d, 9):
+            raise ValueError(f"knots have shape {tuple(self.knots.shape)}, expected {(d, 9)}")
+        # A constant feature has no scale of its own.
+        self.std.copy_(torch.where(self.std > 1e-8, self.std, torch.ones_like(self.std)))
+        nodes, weights = np.polynomial.hermite_e.hermegauss(9)
+        self.register_buffer("nodes_Q", torch.as_tensor(nodes, dtype=torch.float32), persistent=False)
+        self.register_buffer("weights_Q", torch.as_tensor(weights / weights.sum(), dtype=torch.float32),
+                             persistent=False)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Original -> standardised units; the caller fills unobserved values before and after."""
+        logged_BD = x_BD.sign() * torch.log1p(x_BD.abs() / self.unit)
+        return (torch.where(self.log, logged_BD, x_BD) - self.mean) / self.std
+
+    def inverse(self, z_BD: Tensor) -> Tensor:
+        """Standardised -> original units; logged features stop a little beyond the range that was seen."""
+        low_D, high_D = self.knots[:, 0] - LIMIT, self.knots[:, -1] + LIMIT
+        bounded_BD = torch.minimum(torch.maximum(z_BD, low_D), high_D)
+        y_BD = torch.where(self.log, bounded_BD, z_BD) * self.std + self.mean
+        exponent_BD = torch.where(self.log, y_BD.abs(), torch.zeros_like(y_BD))
+        return torch.where(self.log, y_BD.sign() * self.unit * torch.expm1(exponent_BD), y_BD)
+
+    def moments(self, mu_SBD: Tensor, sd_SBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, in original units, of an equal mixture of S Gaussians.
+
+        Exact where the transform is the identity, 9-node Gauss-Hermite on logged features.
+        """
+        mean_BD = mu_SBD.mean(0)
+        var_BD = (sd_SBD.square() + (mu_SBD - mean_BD).square()).mean(0)
+        mean_BD, std_BD = mean_BD * self.std + self.mean, var_BD.sqrt() * self.std
+        if not bool(self.log.any()):
+            return mean_BD, std_BD
+        first_BD, second_BD = torch.zeros_like(mean_BD), torch.zeros_like(mean_BD)
+        # Moments about the centre: squares of large original values would cancel in float32.
+        centre_BD = self.inverse(mu_SBD.mean(0))
+        for node, weight in zip(self.nodes_Q, self.weights_Q):
+            x_BD = self.inverse(mu_SBD + node * sd_SBD) - centre_BD
+            first_BD = first_BD + weight * x_BD.mean(0)
+            second_BD = second_BD + weight * x_BD.square().mean(0)
+        logged_std_BD = (second_BD - first_BD.square()).clamp_min(0).sqrt()
+        return (torch.where(self.log, centre_BD + first_BD, mean_BD),
+                torch.where(self.log, logged_std_BD, std_BD))

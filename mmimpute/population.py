@@ -1,0 +1,151 @@
+"""The stages of a population-scale run. Between them travel URLs and small records; each resumes what it finds done.
+
+plan -> fit -> evaluate -> impute -> commit -> report. What a run leaves behind stands under `<output>/_runs`, which
+readers of the table do not see.
+"""
+
+import io
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow.parquet as pq
+
+import mmimpute
+from mmimpute import jobs, planning, registry
+from mmimpute.data import storage
+from mmimpute.data.table import digest, published, table_state
+from mmimpute.errors import DataError
+from mmimpute.jobs import Progress, ignore
+from mmimpute.planning import Survey
+from mmimpute.spec import RunConfig
+
+Record = dict[str, Any]
+
+
+def _runs(config: RunConfig) -> str:
+    return storage.join(config.output, "_runs")
+
+
+def plan(config: RunConfig) -> Record:
+    """Lists the shards, checks every footer against the spec and says what is new.
+
+    Returns {plan, shards, rows, new, set_aside}; `plan` names the file that the other stages read.
+    """
+    found = planning.survey(config.shards, config.spec)
+    name = f"plan-{digest(found.fingerprint, config.model_dump_json())}.parquet"
+    sink = io.BytesIO()
+    pq.write_table(planning.to_table(found), sink)
+    storage.write(_runs(config), name, sink.getvalue())
+    champion = jobs.standing_champion(config.model, jobs.fingerprint(found, config.fit))
+    done = 0
+    if champion:
+        expected = jobs.expected_outputs(found, registry.locate(config.model), config.impute)
+        done = len(expected.keys() & published(config.output).keys())
+    total = len(found.shards) + len(found.set_aside)
+    return {"plan": name, "shards": total, "rows": found.rows, "new": len(found.shards) - done, "set_aside": found.set_aside}
+
+
+def read_plan(config: RunConfig, name: str) -> Survey:
+    return planning.from_table(pq.read_table(io.BytesIO(storage.read(_runs(config), name))))
+
+
+def fit(config: RunConfig, plan_name: str, on_progress: Progress = ignore) -> Record:
+    """Fits the champion, or says that it still stands. Returns what `jobs.fit_model` does."""
+    return jobs.fit_model(read_plan(config, plan_name), config.model, config.fit, config.cluster, on_progress)
+
+
+def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
+    """Accuracy on held-out subjects, kept beside the model. Returns {rows, skill: {modality: skill}}."""
+    found = registry.read_record(model, "evaluation")
+    if found is None:
+        found = jobs.evaluate_model(read_plan(config, plan_name), model, config.cluster)
+        registry.write_record(model, "evaluation", found)
+    return {"rows": found["rows"], "skill": {name: m["skill"] for name, m in found["modalities"].items()}}
+
+
+def impute(config: RunConfig, plan_name: str, model: str, on_progress: Progress = ignore) -> Record:
+    """Imputes and publishes every shard that has no enriched version yet. Returns what `jobs.impute_table` does."""
+    return jobs.impute_table(read_plan(config, plan_name), model, config.output, config.impute, config.cluster, on_progress)
+
+
+def commit(config: RunConfig, plan_name: str, model: str) -> Record:
+    """Makes the enriched shards the table's next version. Returns what `jobs.commit_table` does."""
+    return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute)
+
+
+def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
+    """Writes the run's record and its HTML report, once per version of the table. Returns {report, record}."""
+    from mmimpute.report import render  # matplotlib is not for those who only impute
+
+    model, done = stages["fit"]["model"], stages["commit"]
+    name = f"{done['version']:06d}-{registry.digest_of(model)[:8]}"
+    places = {"report": storage.join(_runs(config), f"{name}.html"), "record": storage.join(_runs(config), f"{name}.json")}
+    if not done["added"] and not done["removed"] and storage.exists(_runs(config), f"{name}.html"):
+        return places
+    run = _run_record(config, stages, seconds, places)
+    storage.write(_runs(config), f"{name}.json", json.dumps(run).encode())
+    storage.write(_runs(config), f"{name}.html", render(run).encode())
+    return places
+
+
+def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float], places: dict[str, str]) -> Record:
+    planned, fitted, imputed, done = (stages[s] for s in ("plan", "fit", "impute", "commit"))
+    aside = set_aside(stages)
+    counts = done["counts"] or {"rows": 0, "from_prior": 0, "imputed": {}}
+    wanted = {name for name, m in config.spec.modalities.items() if m.impute}
+    return {
+        "title": config.title,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "phases": imputed["seconds"],
+        "version": mmimpute.__version__,
+        "model_digest": fitted["digest"],
+        "model_url": fitted["model"],
+        "table_url": config.output,
+        "report_url": places["report"],
+        "table_version": done["version"],
+        "shards": {
+            "total": planned["shards"],
+            "new": done["added"],
+            "already_done": imputed["done_before"],
+            "set_aside": [{"shard": shard, "error": error} for shard, error in sorted(aside.items())],
+        },
+        "rows": counts["rows"],
+        "from_prior": counts["from_prior"],
+        "imputed": {name: entry for name, entry in counts["imputed"].items() if name in wanted},
+        "profile": registry.read_record(fitted["model"], "profile"),
+        "history": registry.read_record(fitted["model"], "history"),
+        "evaluation": registry.read_record(fitted["model"], "evaluation"),
+    }
+
+
+def set_aside(stages: dict[str, Record]) -> dict[str, str]:
+    """Every shard that some stage set aside, with the reason."""
+    return {shard: error for name in ("plan", "fit", "impute") for shard, error in stages.get(name, {}).get("set_aside", {}).items()}
+
+
+def raise_if_set_aside(aside: dict[str, str]) -> None:
+    """Good shards are published by now; the run as a whole still has to be seen as failed."""
+    if aside:
+        raise SetAside(aside)
+
+
+class SetAside(DataError):
+    """Shards were set aside; the others are published."""
+
+    def __init__(self, aside: dict[str, str]):
+        self.aside = aside
+        Exception.__init__(self, f"{len(aside)} shards set aside, the others are published:\n" + "\n".join(aside.values()))
+
+    def __reduce__(self):
+        return type(self), (self.aside,)
+
+
+def last_record(output: str) -> Record | None:
+    """The record of the run that made the table's newest version."""
+    version = table_state(output).version
+    if version is None:
+        return None
+    names = [o.key for o in storage.list_objects(storage.join(output, "_runs"), ".json") if o.key.startswith(f"{version:06d}-")]
+    return json.loads(storage.read(storage.join(output, "_runs"), names[-1])) if names else None

@@ -1,0 +1,193 @@
+"""Figures of a report, one small panel each, so that a page can arrange them for its width.
+
+Each function takes what `disclosure.view` lets through and returns a matplotlib figure. Colours are Okabe and Ito's, which colour-blind
+readers tell apart, and no figure relies on colour alone. `svg` exchanges them for CSS variables, so that a page's dark mode holds inside.
+"""
+
+import io
+import re
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+INK, MUTED, GRID, BLUE, ORANGE = "#1b1e23", "#5f6670", "#dcdfe4", "#0072b2", "#d55e00"
+CSS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
+MOST_FEATURES = 30  # in one plot: the first ones by skill
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mmimpute",
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "text.parse_math": False,
+    "hatch.color": ORANGE,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def training(history: list[dict], name: str, title: str) -> Figure:
+    """One term of the objective by epoch, on the training and the tune split; the epoch that was kept is marked."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(title, width=4.4)
+        values = []
+        for key, label, colour, line in ((name, "training split", BLUE, "-"), (f"tune_{name}", "tune split", ORANGE, "--")):
+            points = [(epoch["epoch"], epoch[key]) for epoch in history if epoch.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=1.6, marker="o" if len(points) < 12 else None, ms=3)
+                values += [point[1] for point in points]
+        _leave_out_the_first_epochs(axes, values)
+        if best := best_epoch(history):
+            axes.axvline(best, color=MUTED, linewidth=1, linestyle=":", label=f"kept: epoch {best}")
+        axes.set(xlabel="epoch", ylabel="nats per record")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if values:
+            axes.legend(loc="lower right")
+        return figure
+
+
+def best_epoch(history: list[dict]) -> int | None:
+    """The epoch with the best imputation objective on the tune split: the one that training keeps."""
+    scored = [epoch for epoch in history if epoch.get("tune_impute") is not None]
+    return int(max(scored, key=lambda epoch: epoch["tune_impute"])["epoch"]) if scored else None
+
+
+def _leave_out_the_first_epochs(axes: Axes, values: list[float]) -> None:
+    """With many epochs, end the axis where the curve is of interest: the first values are far below all others."""
+    if len(values) >= 20:
+        ordered = sorted(values)
+        low, high = ordered[len(ordered) // 20], ordered[-1]
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
+
+
+def skill(scores: list[dict], title: str) -> Figure:
+    """Horizontal bars of skill by name, best first; the column mean is the line at 0."""
+    with matplotlib.rc_context(STYLE):
+        scores = sorted((s for s in scores if s["skill"] is not None), key=lambda s: s["skill"], reverse=True)[:MOST_FEATURES]
+        figure, axes = _panel(title, width=4.6, height=0.62 + 0.24 * max(len(scores), 2))
+        values = [score["skill"] for score in scores]
+        bars = axes.barh(range(len(scores)), values, color=BLUE, height=0.68)
+        for bar, value in zip(bars, values, strict=True):
+            if value < 0:
+                bar.set(facecolor="none", edgecolor=ORANGE, hatch="////")
+        axes.bar_label(bars, [f"{round(value, 2) + 0.0:.2f}" for value in values], padding=3, color=INK, fontsize=8)
+        axes.axvline(0.0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(scores)), [shortened(score["name"]) for score in scores])
+        axes.invert_yaxis()
+        low, high = min([0.0, *values]), max([0.1, *values])
+        axes.set_xlim(low - (0.12 * (high - low) if low < 0 else 0.0), high + 0.12 * (high - low))
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("skill (0: the column mean; 1: perfect)")
+        return figure
+
+
+def coverage(calibration: dict, title: str) -> Figure:
+    """How often the truth lies inside an interval, against how often it should."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(title)
+        _diagonal(axes)
+        axes.plot(calibration["nominal"], calibration["observed"], "o-", color=BLUE, linewidth=1.6, ms=4, clip_on=False)
+        axes.set(xlabel="nominal coverage", ylabel="observed coverage")
+        return figure
+
+
+def reliability(bins: list[dict], title: str) -> Figure:
+    """How often a binary value is 1, against the predicted probability; the larger the dot, the more people."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(title)
+        _diagonal(axes)
+        x, y, n = ([bin[key] for bin in bins] for key in ("predicted", "observed", "n"))
+        axes.plot(x, y, "-", color=BLUE, linewidth=1.2, clip_on=False)
+        axes.scatter(x, y, s=[16 + 70 * (count / max(n)) ** 0.5 for count in n], color=BLUE, clip_on=False, zorder=3)
+        axes.set(xlabel="predicted probability", ylabel="observed share")
+        return figure
+
+
+def pit(counts: list[int], title: str) -> Figure:
+    """Where the truth falls in its predictive distribution; flat when the distribution is right."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(title)
+        height = [n * len(counts) / sum(counts) for n in counts]
+        edges = [i / len(counts) for i in range(len(counts))]
+        axes.bar(edges, height, width=1 / len(counts), align="edge", color=BLUE, edgecolor=GRID, linewidth=0.5)
+        axes.axhline(1.0, color=ORANGE, linewidth=1.4, linestyle="--")
+        axes.set(xlabel="predictive quantile of the truth", ylabel="density", xlim=(0, 1), ylim=(0, max(2.0, 1.1 * max(height))))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        return figure
+
+
+def distribution(shown: dict) -> Figure:
+    """Observed values filled, imputed values as an outline, both as densities."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(shortened(shown["name"], 34))
+        edges = shown["edges"]
+        for name, style in (
+            ("observed", {"fill": True, "color": BLUE, "alpha": 0.45, "linewidth": 0}),
+            ("imputed", {"fill": False, "color": ORANGE, "linewidth": 1.8}),
+        ):
+            counts = shown[name]
+            if whole := sum(counts):
+                widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+                density = [n / whole / width if width > 0 else 0.0 for n, width in zip(counts, widths, strict=True)]
+                axes.stairs(density, edges, label=name, **style)
+        axes.set_yticks([])
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.legend(loc="upper right", fontsize=8, handlelength=1.2)
+        return figure
+
+
+def svg(figure: Figure, prefix: str, label: str) -> str:
+    """The figure as an inline SVG element that scales with the page and reads out as `label`."""
+    from markupsafe import escape
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\s*<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
+    referenced = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in referenced else "", text)
+    text = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", text)
+    for colour, variable in CSS.items():
+        text = re.sub(colour, variable, text, flags=re.IGNORECASE)
+    return re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{escape(label)}">', text, count=1)
+
+
+def shortened(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _panel(title: str, width: float = 3.3, height: float = 2.7) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _diagonal(axes: Axes) -> None:
+    """Both axes from 0 to 1 and the line on which a calibrated model lies."""
+    axes.plot([0, 1], [0, 1], color=ORANGE, linewidth=1.4, linestyle="--")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", adjustable="box")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(PercentFormatter(1.0))

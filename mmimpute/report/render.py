@@ -1,0 +1,148 @@
+"""From the facts of a run to one self-contained HTML page."""
+
+import datetime
+import functools
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mmimpute.report.disclosure import FEW, few_text, view
+
+MOST_PATTERNS = 20
+MOST_ROWS = 200  # of a table of features
+MOST_DISTRIBUTIONS = 6  # of a modality
+
+
+def render(run: dict) -> str:
+    """Return the page for `run`; parts that `run` lacks are left out, groups of fewer than ten people are not shown."""
+    shown = view(run)
+    return _template().render(run=shown, draw=_Drawing(), overall=_overall(shown), most=MOST_ROWS, most_patterns=MOST_PATTERNS)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmimpute.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=count, decimal=decimal, percent=percent, duration=duration, moment=moment, url=url)
+    return environment.get_template("template.html")
+
+
+def _overall(shown: dict) -> dict[str, Any]:
+    """The headline numbers that are not facts of the run themselves."""
+    values = [part["values"] for part in shown["imputed"] if part["values"] is not None]
+    known = [n for n in values if not few_text(n)]
+    return {"seconds": sum(shown["seconds"].values()), "values": sum(known) if known else FEW if values else None}
+
+
+class _Drawing:
+    """The template's access to figures: each method returns an SVG element, numbered so that no two share an id."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def training(self, history: list[dict], name: str, title: str) -> Markup:
+        from mmimpute.report import figures
+
+        last = history[-1]
+        label = f"{title} over {len(history)} epochs; last epoch: {decimal(last.get(name))} training, {decimal(last.get('tune_' + name))} tune"
+        return self._svg(figures.training(history, name, title), label)
+
+    def skill(self, scores: list[dict], title: str) -> Markup:
+        from mmimpute.report import figures
+
+        label = title + ": " + ", ".join(f"{score['name']} {score['skill']:.2f}" for score in scores[:10] if score["skill"] is not None)
+        return self._svg(figures.skill(scores, title), label)
+
+    def coverage(self, modality: dict) -> Markup:
+        from mmimpute.report import figures
+
+        calibration = modality["calibration"]
+        label = f"Interval coverage of {modality['name']}: " + ", ".join(
+            f"nominal {percent(nominal)}, observed {percent(observed)}"
+            for nominal, observed in zip(calibration["nominal"], calibration["observed"], strict=True)
+        )
+        return self._svg(figures.coverage(calibration, modality["name"]), label)
+
+    def reliability(self, modality: dict) -> Markup:
+        from mmimpute.report import figures
+
+        bins = modality["reliability"]
+        label = f"Reliability of {modality['name']}: " + ", ".join(
+            f"predicted {percent(bin['predicted'])}, observed {percent(bin['observed'])}" for bin in bins
+        )
+        return self._svg(figures.reliability(bins, modality["name"]), label)
+
+    def pit(self, modality: dict) -> Markup:
+        from mmimpute.report import figures
+
+        counts = modality["pit"]
+        label = f"Histogram of predictive quantiles of {modality['name']}: {len(counts)} bins, highest {max(counts) * len(counts) / sum(counts):.2f} of flat"
+        return self._svg(figures.pit(counts, modality["name"]), label)
+
+    def distribution(self, shown: dict) -> Markup:
+        from mmimpute.report import figures
+
+        edges = shown["edges"]
+        label = f"Observed and imputed distribution of {shown['name']}, from {edges[0]:.3g} to {edges[-1]:.3g}"
+        return self._svg(figures.distribution(shown), label)
+
+    def distributions(self, modality: dict) -> list[dict]:
+        return modality["distributions"][:MOST_DISTRIBUTIONS]
+
+    def _svg(self, figure, label: str) -> Markup:
+        from mmimpute.report import figures
+
+        self.drawn += 1
+        return Markup(figures.svg(figure, f"f{self.drawn}", label))
+
+
+# --- how values read -------------------------------------------------------------------------------------------------------------------
+
+
+def count(n: int | str | None) -> str:
+    return "–" if n is None else n if isinstance(n, str) else f"{n:,}"
+
+
+def decimal(x: float | None, digits: int = 2) -> str:
+    """Plain where it is short, scientific where it is not."""
+    if x is None:
+        return "–"
+    if x and not 1e-3 <= abs(x) < 1e6:
+        return f"{x:.2e}"
+    return f"{round(x, digits) + 0.0:,.{digits}f}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def percent(x: float | None) -> str:
+    """Whole percent, and never 0 or 100 for what is neither."""
+    if x is None:
+        return "–"
+    return "<1 %" if 0 < x < 0.005 else ">99 %" if 0.995 <= x < 1 else f"{100 * x:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def moment(iso: str | None) -> str:
+    """A time as people read it; text that is no time is left as it is."""
+    try:
+        return f"{datetime.datetime.fromisoformat(iso):%d %B %Y, %H:%M %Z}".strip(" ,") if iso else ""
+    except ValueError:
+        return str(iso)
+
+
+def url(address: str | None) -> Markup | str:
+    """A link where a browser can follow it, else the text: `s3://` addresses and paths are for tools."""
+    if address and address.startswith(("https://", "http://", "file://")):
+        return Markup('<a href="{0}"><code>{0}</code></a>').format(address)
+    return Markup("<code>{}</code>").format(address) if address else "–"

@@ -1,0 +1,147 @@
+"""The cohort spec and the run configuration: what a user writes in TOML, validated when it is read."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmimpute.errors import UserError
+
+Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
+SpecKind = Literal[Kind, "auto"]
+
+
+def _name(name: str) -> str:
+    if not name or "__" in name:
+        raise ValueError("a modality's name is not empty and has no '__' in it")
+    return name
+
+
+class _Settings(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModalitySpec(_Settings):
+    """Where a modality's features are: one list `column`, or every scalar column that starts with `prefix`."""
+
+    column: str | None = None
+    prefix: str | None = None
+    features: tuple[str, ...] | None = Field(None, description="names; default: the columns' own, or f0, f1, ...")
+    kinds: SpecKind | tuple[SpecKind, ...] = Field("auto", description="one for all features, or one per feature")
+    levels: dict[str, tuple[str, ...] | tuple[float, ...]] = Field(
+        {}, description="feature name -> allowed levels of an ordinal or categorical feature; default: those in the training data"
+    )
+    impute: bool = Field(True, description="false: used as an input, never imputed")
+    hide: float = Field(0.5, gt=0, le=1, description="probability of hiding it in training")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.column is None) == (self.prefix is None):
+            raise ValueError("give either column (a list column) or prefix (scalar columns)")
+        if self.features is not None and len(set(self.features)) != len(self.features):
+            raise ValueError("feature names are not unique")
+        if isinstance(self.kinds, tuple) and self.features is not None and len(self.kinds) != len(self.features):
+            raise ValueError(f"{len(self.kinds)} kinds for {len(self.features)} features")
+        return self
+
+
+class CohortSpec(_Settings):
+    """A population: which columns are what. See DESIGN, input contract."""
+
+    subject_id: str = "subject_id"
+    timestamp: str | None = Field(None, description="event time, for feature stores; never an input to the model")
+    outcomes: tuple[str, ...] = Field((), description="columns (a trailing * is a wildcard) that the model never reads")
+    modalities: dict[Annotated[str, AfterValidator(_name)], ModalitySpec] = Field(min_length=1)
+
+
+class FitSettings(_Settings):
+    """How a model is fitted. `workers=0`: one per GPU of the cluster, or one where it has none."""
+
+    seed: int = 0
+    epochs: int | None = Field(None, ge=1, description="at most; default: by the number of records")
+    batch_size: int | None = Field(None, ge=8, description="records per worker and step; default: by the number of records")
+    patience: int = Field(10, ge=1, description="epochs without a better tune loss before stopping")
+    workers: int = Field(0, ge=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    cache_share: float = Field(0.25, ge=0, le=0.9, description="of a host's memory that its workers may fill with training records")
+    z0: int | None = Field(None, ge=1, description="width of the shared latent")
+
+
+class ImputeSettings(_Settings):
+    """What is written into the enriched shards."""
+
+    draws: int = Field(0, ge=0, description="X__draws: number of draws of what is missing; 0 = none")
+    latent: bool = Field(False, description="z0: the shared latent mean, an embedding of the record")
+    seed: int = 0
+
+
+class ClusterSettings(_Settings):
+    """Where Ray runs. No address: a local one that ends with the run."""
+
+    address: str | None = None
+    cpus: int | None = Field(None, ge=1, description="of a local Ray; default: all")
+    actors: int = Field(0, ge=0, description="imputing actors; 0 = one per CPU (or per GPU)")
+    gpus_per_actor: float = Field(0, ge=0)
+
+
+class RunConfig(_Settings):
+    """One population-scale run: shards in, a model, enriched shards and a report out."""
+
+    title: str = "cohort"
+    spec: CohortSpec
+    shards: str
+    model: str
+    output: str
+    fit: FitSettings = FitSettings()
+    impute: ImputeSettings = ImputeSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+
+def read_spec(path: str | Path) -> CohortSpec:
+    """The cohort spec in a TOML file. Raises UserError that says where and what is allowed."""
+    return _validated(CohortSpec, _toml(path), str(path))
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """A run configuration. `spec` may be the path of a cohort spec, relative to the file, in place of a table."""
+    values = _toml(path)
+    if isinstance(values.get("spec"), str):
+        values["spec"] = read_spec(Path(path).parent / values["spec"])
+    return _validated(RunConfig, values, str(path))
+
+
+def _toml(path: str | Path) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def _validated(model: type[BaseModel], values: dict, where: str):
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(model, e) for e in error.errors(include_url=False, include_input=False)]
+        raise UserError("\n".join(f"{where}: {p}" for p in problems)) from None
+
+
+def _explain(model: type[BaseModel], error: dict) -> str:
+    at = ".".join(map(str, error["loc"])) or "file"
+    if error["type"] == "extra_forbidden":
+        valid = _model_at(model, error["loc"][:-1]).model_fields
+        return f"unknown key {at!r}; valid keys here: {', '.join(valid)}"
+    return f"{at}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _model_at(model: type[BaseModel], loc: tuple) -> type[BaseModel]:
+    """The settings class that a location inside a TOML file belongs to."""
+    for key in loc:
+        if field := model.model_fields.get(key):
+            inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else model
+    return model

@@ -1,0 +1,144 @@
+"""Likelihoods and scores against scipy, torch.distributions and quadrature."""
+import numpy as np
+import pytest
+import torch
+from cohorts import MIXED, mixed_values, statistics
+from scipy import integrate, stats
+
+from mmimpute.model.config import ModalityConfig
+from mmimpute.model.likelihoods import (Likelihoods, bernoulli_log_prob, gaussian_log_prob, mean_absolute,
+                                        mixture_crps, negative_binomial_log_prob, ordinal_log_probs)
+from mmimpute.model.networks import Normal, kl, product
+from mmimpute.model.standardise import Standardise
+
+
+def test_log_probabilities_agree_with_scipy():
+    x = torch.tensor([-1.0, 0.3, 2.0])
+    expected = stats.norm.logpdf(x.numpy(), 0.5, np.exp(-0.7))
+    np.testing.assert_allclose(gaussian_log_prob(x, torch.tensor(0.5), torch.tensor(-0.7)), expected, rtol=1e-5)
+    for value in (0.0, 1.0):
+        expected = stats.bernoulli.logpmf(value, 1 / (1 + np.exp(-1.3)))
+        found = bernoulli_log_prob(torch.tensor(value), torch.tensor(1.3)).item()
+        assert found == pytest.approx(expected, rel=1e-5)
+    counts, mean, size = torch.arange(8.0), 2.5, 1.7
+    expected = stats.nbinom.logpmf(counts.numpy(), size, size / (size + mean))
+    found = negative_binomial_log_prob(counts, torch.tensor(mean).log(), torch.tensor(size).log())
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_ordinal_levels_are_differences_of_the_logistic():
+    cuts, eta = torch.tensor([-1.0, 0.2, 2.0]), torch.tensor([0.4, -3.0])
+    edges = np.concatenate([[-np.inf], cuts.numpy(), [np.inf]])
+    expected = np.diff(stats.logistic.cdf(edges[None] - eta.numpy()[:, None]), axis=1)
+    np.testing.assert_allclose(ordinal_log_probs(eta, cuts).exp(), expected, atol=1e-6)
+
+
+def test_expected_absolute_value_of_a_gaussian():
+    for centre, sd in ((0.0, 1.0), (1.3, 0.4), (-2.0, 3.0)):
+        expected = integrate.quad(lambda t: abs(t) * stats.norm.pdf(t, centre, sd), -30, 30)[0]
+        assert mean_absolute(torch.tensor(centre), torch.tensor(sd)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_mixture_crps_is_unbiased_for_the_whole_mixture():
+    """Components N(0.8 e, 0.5^2), e ~ N(0, 1): the mixture is Gaussian and its CRPS is known."""
+    x, repeats = torch.tensor(0.7), 100_000
+    half = torch.randn(2, repeats, generator=torch.Generator().manual_seed(1))
+    mean = 0.8 * torch.cat([half, -half])
+    found = mixture_crps(x.expand(repeats), mean, torch.full_like(mean, 0.5)).mean().item()
+    sd = np.hypot(0.8, 0.5)
+    z = 0.7 / sd
+    expected = sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
+    assert found == pytest.approx(expected, abs=0.002)
+
+
+def test_kl_agrees_with_torch_distributions():
+    q, p = (Normal(torch.randn(4, 3), torch.rand(4, 3) + 0.2) for _ in range(2))
+    normals = [torch.distributions.Normal(n.mean, n.var.sqrt()) for n in (q, p)]
+    torch.testing.assert_close(kl(q, p), torch.distributions.kl_divergence(*normals).sum(-1))
+
+
+def test_product_of_experts_multiplies_densities_and_keeps_the_prior():
+    prior = Normal(torch.tensor(0.5), torch.tensor(2.0))
+    both = product(prior, torch.tensor(3.0), torch.tensor(1.5))
+    total = 1 / 2.0 + 1.5
+    torch.testing.assert_close(both.var, torch.tensor(1 / total))
+    torch.testing.assert_close(both.mean, torch.tensor((0.5 / 2 + 3 * 1.5) / total))
+    assert product(prior, torch.tensor(3.0), torch.tensor(0.0)) == prior
+
+
+@pytest.fixture
+def mixed():
+    values = mixed_values(4000)[0].numpy()
+    standardise = Standardise(statistics(values, MIXED.kinds, log=(6,)))
+    return Likelihoods(MIXED, standardise), standardise, values
+
+
+def test_zero_outputs_are_the_training_marginal(mixed):
+    likelihood, standardise, values = mixed
+    mean, std = likelihood.moments(likelihood.heads(torch.zeros(1, 1, likelihood.size)), standardise)
+    real, binary, ordinal = [0], [1], [3, 5]
+    # Uniform levels are flatter than any logistic, hence the room for the ordinal ones.
+    for columns, tolerance in ((real, 1e-3), (binary, 1e-3), (ordinal, 0.3)):
+        np.testing.assert_allclose(mean[0, columns].detach(), values[:, columns].mean(0), atol=tolerance)
+        np.testing.assert_allclose(std[0, columns].detach(), values[:, columns].std(0), atol=max(tolerance, 0.02))
+
+
+def test_samples_have_the_moments_of_the_likelihood(mixed):
+    """Every kind, a log-transformed real feature included."""
+    likelihood, standardise, _ = mixed
+    raw = 0.3 * torch.randn(1, likelihood.size, generator=torch.Generator().manual_seed(2))
+    heads = likelihood.heads(raw.expand(40_000, -1))
+    drawn = likelihood.sample(heads, standardise, torch.Generator().manual_seed(3)).detach().numpy()
+    mean, std = (t[0].detach().numpy() for t in likelihood.moments(likelihood.heads(raw[None]), standardise))
+    moments = [i for i, kind in enumerate(MIXED.kinds) if kind != "categorical"]
+    np.testing.assert_allclose(drawn.mean(0)[moments], mean[moments], rtol=0.04, atol=0.02)
+    np.testing.assert_allclose(drawn.std(0)[moments], std[moments], rtol=0.06)
+    categorical = MIXED.kinds.index("categorical")
+    share = np.bincount(drawn[:, categorical].astype(int), minlength=3) / len(drawn)
+    assert share.argmax() == mean[categorical]
+    assert np.sqrt(1 - (share**2).sum()) == pytest.approx(std[categorical], abs=0.01)
+
+
+def test_samples_stay_inside_the_support(mixed):
+    likelihood, standardise, values = mixed
+    raw = 3 * torch.randn(500, likelihood.size, generator=torch.Generator().manual_seed(4))
+    drawn = likelihood.sample(likelihood.heads(raw), standardise).detach().numpy()
+    assert np.isfinite(drawn).all()
+    for i, (kind, levels) in enumerate(zip(MIXED.kinds, MIXED.levels)):
+        if kind != "real":
+            assert (drawn[:, i] == drawn[:, i].round()).all() and (drawn[:, i] >= 0).all()
+        if levels:
+            assert drawn[:, i].max() < levels
+
+
+def test_discrete_probabilities_sum_to_one(mixed):
+    likelihood, _, _ = mixed
+    raw = torch.randn(3, likelihood.size)
+    for i, kind in enumerate(MIXED.kinds):
+        top = {"binary": 2, "count": 4000}.get(kind, MIXED.levels[i])
+        if kind == "real":
+            continue
+        target = torch.zeros(top, 1, len(MIXED.kinds))
+        target[:, 0, i] = torch.arange(top)
+        total = likelihood.log_prob(likelihood.heads(raw), target)[..., i].exp().sum(0)
+        torch.testing.assert_close(total, torch.ones(3), atol=2e-3, rtol=0)
+
+
+def test_pair_score_prefers_the_right_dependence():
+    """Two features that move together: the score of single features cannot tell, the score of pairs can."""
+    config = ModalityConfig("m", ("real", "real"))
+    standardise = Standardise(statistics(np.random.default_rng(0).normal(size=(500, 2)), config.kinds))
+    likelihood, generator = Likelihoods(config, standardise), torch.Generator().manual_seed(0)
+    rows = 20_000
+    x = torch.randn(rows, 1, generator=generator).expand(-1, 2)
+    half = 0.9 * torch.randn(2, rows, 2, generator=generator)
+    seen = torch.ones(rows, 2, dtype=torch.bool)
+    scores = []
+    # The truth moves together: draws that do so score better than independent ones of the same margins.
+    for mean in (half[..., :1].expand(-1, -1, 2), half):
+        draws = torch.cat([mean, -mean])
+        heads = {"real": torch.stack([draws, torch.full_like(draws, -1.0)], -1)}
+        single = likelihood.score(heads, x, likelihood.log_prob(heads, x)).mean()
+        scores.append((single.item(), likelihood.pair_score(heads, x, seen).mean().item()))
+    assert scores[0][0] == pytest.approx(scores[1][0], abs=0.01)
+    assert scores[0][1] < scores[1][1] - 0.02

@@ -1,0 +1,83 @@
+"""Optimisation: resume is exact, sums add up, sizes follow the data."""
+import copy
+
+import pytest
+import torch
+from cohorts import masks, mixed_model, mixed_values
+
+from mmimpute.training import OptimiserSettings, Training, fit_in_memory, in_batches, schedule, summarise
+
+DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
+
+
+def batches(steps):
+    parts = list(in_batches(DATA, 32))
+    return [parts[i % len(parts)] for i in range(steps)]
+
+
+def test_resume_continues_exactly():
+    straight = Training(mixed_model(), OptimiserSettings(), total_steps=8)
+    for batch in batches(8):
+        straight.step(*batch)
+    first = Training(mixed_model(), OptimiserSettings(), total_steps=8)
+    for batch in batches(8)[:5]:
+        first.step(*batch)
+    saved = copy.deepcopy(first.state_dict())
+    resumed = Training(mixed_model(seed=9), OptimiserSettings(), total_steps=8)
+    resumed.load_state_dict(saved)
+    torch.manual_seed(123)   # whatever happened in between
+    for batch in batches(8)[5:]:
+        resumed.step(*batch)
+    for which in ("model", "average"):
+        expected, found = straight.state_dict()[which], resumed.state_dict()[which]
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_steps_leave_torchs_generator_alone():
+    training = Training(mixed_model(), OptimiserSettings(), total_steps=2)
+    before = torch.get_rng_state()
+    training.step(*DATA)
+    training.tune([DATA])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_draw_different_noise():
+    losses = {Training(mixed_model(), OptimiserSettings(), 2, rank=r).step(*DATA)["loss"] for r in range(3)}
+    assert len(losses) == 3
+
+
+def test_tune_repeats_and_its_sums_add_up():
+    training = Training(mixed_model(), OptimiserSettings(), total_steps=2)
+    first, second = (training.tune(in_batches(DATA, 32)) for _ in range(2))
+    assert first == second and first["rows"] == 96
+    doubled = summarise({k: 2 * v for k, v in first.items()})   # two ranks with the same rows
+    assert doubled == pytest.approx(summarise(first))
+    found = summarise(first)
+    nats = sum(found[f"{n}.impute"] * first[f"{n}.hidden"] for n in ("labs.mixed", "plain", "codes"))
+    assert found["impute"] == pytest.approx(nats / 96)
+    parts = sum((found[f"{n}.reconstruction"] - found[f"{n}.private_kl"]) * first[f"{n}.observed"]
+                for n in ("labs.mixed", "plain", "codes"))
+    assert found["elbo"] == pytest.approx(parts / 96 - found["shared_kl"], rel=1e-4)
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    training = Training(mixed_model(), OptimiserSettings(lr=1.0), total_steps=100)
+    rates = [training._rate(s) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[100] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:]))
+
+
+def test_sizes_follow_the_number_of_rows():
+    sizes = [schedule(n) for n in (1, 700, 6_500, 100_000, 1_000_000, 100_000_000)]
+    assert [s.batch for s in sizes[:4]] == [128, 128, 256, 1024]
+    assert all(s.total_steps >= 1 for s in sizes)
+    assert all(s.steps_per_epoch == max(1, n // s.batch)
+               for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000)))
+
+
+def test_fit_keeps_the_best_average():
+    train, tune = (mixed_values(200), masks(mixed_values(200))), DATA
+    fitted = fit_in_memory(mixed_model(), train, tune, plan=schedule(200, batch=50, epochs=3))
+    losses = [h["loss"] for h in fitted.history]
+    again = Training(fitted.model, OptimiserSettings(), 1).tune(in_batches(tune, 1024))
+    assert summarise(again)["loss"] == pytest.approx(min(losses))
