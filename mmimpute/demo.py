@@ -64,7 +64,7 @@ def put_cohort(url: str, rows: int) -> int:
             ids = pa.array([f"resampled-{i:09d}" for i in part])
             table = table.set_column(table.column_names.index("subject_id"), "subject_id", ids)
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         storage.write(url, f"part-{number:05d}.parquet", sink.getvalue())
     return total
 

@@ -37,11 +37,11 @@ def log_loss(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     return -(y * np.log(p) + (1 - y) * np.log1p(-p))
 
 
-def evaluate(model: Model, x: np.ndarray) -> dict:
+def evaluate(model: Model, x: np.ndarray, marginals: dict) -> dict:
     """Accuracy and calibration on held-out records x, n x width, NaN where not observed.
 
-    Per modality: the records that hold it and something else, with the whole modality hidden. The column mean is
-    that of the training split. Modalities seen in fewer than SMALLEST_GROUP records are left out.
+    Per modality: the records that hold it and something else, with the whole modality hidden. marginals: mean and std
+    of the training split's columns (see `profile.marginals`). Modalities seen in fewer than SMALLEST_GROUP records are left out.
     """
     starts = np.cumsum([0, *model.widths])
     found = {}
@@ -54,7 +54,8 @@ def evaluate(model: Model, x: np.ndarray) -> dict:
             truth = hidden[:, own].copy()
             hidden[:, own] = np.nan
             mean, std, draws = _predict(model, hidden, at)
-            found[modality.name] = _score(modality, truth, mean, std, draws, *_marginal(model, at))
+            m0, s0 = (np.array(marginals[modality.name][name]) for name in ("mean", "std"))
+            found[modality.name] = _score(modality, truth, mean, std, draws, m0, s0)
     return {"rows": len(x), "modalities": found}
 
 
@@ -64,14 +65,6 @@ def _predict(model: Model, x: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarr
         predicted = model.module.predict(values, observed)
         drawn = model.module.impute([(v, 1) for v in values], generator=torch.Generator().manual_seed(0))
     return predicted.mean[at].numpy(), predicted.std[at].numpy(), drawn[at].numpy()
-
-
-def _marginal(model: Model, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std of the training split in original units: what is said of a record of which nothing is known."""
-    standard = model.module.standardise[at]
-    zero = torch.zeros(1, 1, len(standard.mean))
-    mean, std = standard.moments(zero, zero + 1)
-    return mean[0].numpy(), std[0].numpy()
 
 
 def _score(modality: Modality, y, mean, std, draws, m0, s0) -> dict:

@@ -33,7 +33,7 @@ def generate_shard(model: Model, output: str, number: int, rows: int, seed: int)
         columns |= in_columns(modality, values.cpu().numpy())
     metadata = {"mmimpute.version": mmimpute.__version__, "mmimpute.model": model.digest, "mmimpute.synthetic": "true"}
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), sink, compression="zstd")
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
     storage.write(output, shard_name(seed, number), sink.getvalue())
     return {"output": shard_name(seed, number), "rows": rows}
 

@@ -78,7 +78,7 @@ def _enriched_bytes(model: Model, shards: str, shard: Shard, key: str, settings:
     clock.read += time.perf_counter() - began
     generator = torch.Generator(model.module.hide_K.device).manual_seed(int(key[-40:-25], 16) + settings.seed)
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, out, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, out, compression="zstd", write_page_checksum=True) as writer:
         for batch in _batches(file, shard.key, clock):
             began = time.perf_counter()
             records = decode(batch, schema, shard.key)

@@ -89,18 +89,20 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
-        job = training.Job(fitted_on, found.url, good, schema, _config(schema, settings), statistics, rows, settings)
+        job = training.Job(fitted_on, found.url, good, schema, model_config(schema, settings), statistics, rows, settings)
         fitted = training.fit(job, home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = f"{home.rstrip('/')}/{name}"
-        for record, value in {"profile": profile.report(schema, seen), "history": fitted.history, "set_aside": bad}.items():
+        beside = {"profile": profile.report(schema, seen), "marginals": profile.marginals(schema, seen)}
+        for record, value in (beside | {"history": fitted.history, "set_aside": bad}).items():
             registry.write_record(place, record, value)
         registry.promote(home, name)
         training.clear(home, fitted_on)
     return {"digest": name, "model": registry.locate(home), "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
 
 
-def _config(schema: CohortSchema, settings: FitSettings) -> ModelConfig:
+def model_config(schema: CohortSchema, settings: FitSettings) -> ModelConfig:
+    """The model's sizes and kinds, from the settled schema."""
     modalities = tuple(
         ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide) for m in schema.modalities
     )
@@ -119,7 +121,7 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
         x = ingest.take(ingest.records(found.url, good, model.schema, "held_out"), most_records(model.schema.width))
     if x is None or not len(x):
         raise UserError(f"{found.url}: no held-out record among {found.rows}; give more records")
-    return evaluate(model, x)
+    return evaluate(model, x, registry.read_record(model.url, "marginals"))
 
 
 def impute_table(found: Survey, place: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

@@ -2,7 +2,7 @@
 
     <home>/<digest>/model.json           schema, model config, what it was fitted on
     <home>/<digest>/model.safetensors    weights and standardisation
-    <home>/<digest>/{profile,history,evaluation}.json
+    <home>/<digest>/{profile,marginals,history,set_aside,evaluation}.json
     <home>/champion.json                 which of them production uses
 
 Nothing is unpickled: JSON is validated and weights are safetensors, so a model file from outside cannot run code.
@@ -145,7 +145,7 @@ def _parse(place: str) -> tuple[ModelFile, bytes]:
 
 
 def write_record(place: str, name: str, record: Any) -> None:
-    """A JSON record beside the model: profile, history, evaluation."""
+    """A JSON record beside the model: profile, history and so on."""
     storage.write(place, f"{name}.json", json.dumps(record).encode())
 
 

@@ -107,9 +107,8 @@ def start(folder: Path) -> Endpoint:
                 port_was_taken = not _is_running(folder) and "address already in use" in _log_tail(folder)
                 _terminate(folder)
                 if not (port_was_taken and remaining):
-                    raise UserError(
-                        f"the object store in {folder} did not start ({reason}); read {folder / 'weed.log'}, which ends with:\n{_log_tail(folder)}"
-                    ) from None
+                    where = f"read {folder / 'weed.log'}, which ends with:\n{_log_tail(folder)}"
+                    raise UserError(f"the object store in {folder} did not start ({reason}); {where}") from None
     raise AssertionError("unreachable")
 
 
@@ -140,7 +139,8 @@ def create_bucket(endpoint: Endpoint, name: str) -> bool:
     import botocore.exceptions
 
     try:
-        _client(endpoint).create_bucket(Bucket=name)
+        with contextlib.closing(_client(endpoint)) as client:
+            client.create_bucket(Bucket=name)
     except botocore.exceptions.ClientError as error:
         code = error.response.get("Error", {}).get("Code")
         if code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
@@ -149,7 +149,8 @@ def create_bucket(endpoint: Endpoint, name: str) -> bool:
     except botocore.exceptions.ParamValidationError as error:
         raise UserError(f"bucket {name!r} was not created: {str(error).strip()}") from error
     except botocore.exceptions.BotoCoreError as error:
-        raise UserError(f"bucket {name!r} was not created: no answer from {endpoint.url} ({type(error).__name__}); is it running?") from error
+        reason = f"no answer from {endpoint.url} ({type(error).__name__}); is it running?"
+        raise UserError(f"bucket {name!r} was not created: {reason}") from error
     return True
 
 
@@ -248,14 +249,16 @@ def _wait_until_it_stores(folder: Path, endpoint: Endpoint) -> None:
         if not _is_running(folder):
             raise _NotUp("it ended at once")
         with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(address.hostname, address.port, timeout=2)
-            connection.request("GET", "/healthz")
-            if connection.getresponse().status == 200:
-                reason = _probe(endpoint)
-                if reason is None:
-                    return
+            if _answers(address.hostname, address.port) and (reason := _probe(endpoint)) is None:
+                return
         time.sleep(0.05)
     raise _NotUp(reason)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.closing(http.client.HTTPConnection(host, port, timeout=2)) as connection:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
 
 
 def _probe(endpoint: Endpoint) -> str | None:
@@ -265,9 +268,9 @@ def _probe(endpoint: Endpoint) -> str | None:
     token = secrets.token_bytes(16)
     try:
         create_bucket(endpoint, PROBE_BUCKET)
-        client = _client(endpoint)
-        client.put_object(Bucket=PROBE_BUCKET, Key="probe", Body=token)
-        found = client.get_object(Bucket=PROBE_BUCKET, Key="probe")["Body"].read()
+        with contextlib.closing(_client(endpoint)) as client:
+            client.put_object(Bucket=PROBE_BUCKET, Key="probe", Body=token)
+            found = client.get_object(Bucket=PROBE_BUCKET, Key="probe")["Body"].read()
     except (UserError, botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
         return str(error)
     return None if found == token else "an object read back differs from what was written"
@@ -280,7 +283,7 @@ def _probe(endpoint: Endpoint) -> str | None:
 def _exclusive(folder: Path) -> Iterator[None]:
     """One start, stop or status at a time for this folder, across processes."""
     try:
-        lock = open(folder / "lock", "a+")
+        lock = open(folder / "lock", "a+")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"the object store's folder {folder} cannot be written: {error.strerror}") from error
     with lock:

@@ -51,11 +51,11 @@ class Schedule:
         return max(3, self.epochs // 3)
 
 
-def schedule(rows: int, batch: int | None = None, epochs: int | None = None, most_steps: int = 4000) -> Schedule:
+def schedule(rows: int, batch: int | None = None, epochs: int | None = None, most_steps: int = 2000) -> Schedule:
     """Sizes from the number of training rows: small batches for small cohorts, a bounded number of steps for large."""
     batch = batch or (128 if rows < 2_500 else 256 if rows < 50_000 else 1024)
     steps_per_epoch = max(1, rows // batch)
-    epochs = epochs or min(50, max(1, most_steps // steps_per_epoch))
+    epochs = epochs or min(40, max(1, most_steps // steps_per_epoch))
     return Schedule(batch, epochs, steps_per_epoch)
 
 

@@ -14,7 +14,7 @@ for _name, _value in {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_DATA_PARQUET_READER_CPU_COUNT": "1",
     "RAY_DATA_PARQUET_READER_IO_THREAD_COUNT": "4",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ core warns on the console about its own libraries
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }.items():
     os.environ.setdefault(_name, _value)

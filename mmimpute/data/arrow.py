@@ -228,8 +228,8 @@ def _in_units(values: np.ndarray, features, spread: bool) -> np.ndarray:
 def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
     """(S x) N x D completed values as one Arrow column, null where `rows` is false."""
     if values.ndim == 3:
-        draws, n, _ = values.shape
-        inner = _column(values.swapaxes(0, 1).reshape(n * draws, -1), features, np.ones(n * draws, bool), kind.value_type)
+        draws, n, width = values.shape
+        inner = _column(values.swapaxes(0, 1).reshape(n * draws, width), features, np.ones(n * draws, bool), kind.value_type)
         offsets = pa.array(np.arange(n + 1, dtype=np.int32) * draws)
         return pa.ListArray.from_arrays(offsets, inner, type=kind, mask=pa.array(~rows))
     if is_list(kind):

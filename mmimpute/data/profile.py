@@ -21,7 +21,7 @@ SMALLEST_GROUP = 10
 SAMPLE_CELLS = 16_000_000  # 64 MB of float32 on the driver
 LONG_TAIL = 2.0  # skewness from which a feature is put on a log scale, if that halves it
 MOST_LEVELS = 50  # distinct texts beyond this are free text, not a category
-MOST_ORDINAL = 10
+MOST_ORDINAL = 11  # levels; scales from 0 to 10 are common
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _settle_feature(modality: Modality, feature: Feature, seen: Statistics, samp
 
 def guess_kind(seen: Statistics, at: int, distinct: np.ndarray) -> str:
     """`auto`: what the values look like. Text is categorical; 0/1 binary; a few whole levels ordinal; whole numbers
-    from 0 that bunch at the low end are counts; all else is real."""
+    from 0 with a long upper tail are counts; all else is real."""
     if seen.levels[at] is not None:
         return "categorical"
     least, most = seen.least[at], seen.most[at]
@@ -173,7 +173,8 @@ def guess_kind(seen: Statistics, at: int, distinct: np.ndarray) -> str:
     if most - least < MOST_ORDINAL and len(distinct) == most - least + 1:
         return "ordinal"
     deviation = np.sqrt(seen.m2[at] / seen.count[at])
-    return "count" if least == 0 and seen.mean[at] < 20 and seen.mean[at] < 2 * deviation else "real"
+    tail = most > seen.mean[at] + 4 * deviation  # a coded scale has none
+    return "count" if least == 0 and seen.mean[at] < 20 and tail else "real"
 
 
 def feature_statistics(schema: CohortSchema, seen: Statistics) -> dict[str, dict[str, np.ndarray]]:
@@ -192,6 +193,22 @@ def feature_statistics(schema: CohortSchema, seen: Statistics) -> dict[str, dict
     return found
 
 
+def marginals(schema: CohortSchema, seen: Statistics) -> dict[str, dict[str, list[float]]]:
+    """Mean and std of each feature's training values, levels as their index: what imputing the column mean says."""
+    sample = np.concatenate(seen.sample)
+    mean, std = seen.mean.copy(), np.sqrt(seen.m2 / np.maximum(seen.count, 1))
+    found, start = {}, 0
+    for modality in schema.modalities:
+        stop = start + len(modality.features)
+        for at, feature in zip(range(start, stop), modality.features, strict=True):
+            values = sample[~np.isnan(sample[:, at]), at] if feature.levels else ()
+            if len(values):
+                mean[at], std[at] = values.mean(), values.std()
+        found[modality.name] = {"mean": mean[start:stop].tolist(), "std": std[start:stop].tolist()}
+        start = stop
+    return found
+
+
 def _feature(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> dict:
     values = sample[~np.isnan(sample)]
     if feature.kind == "categorical" or not seen.count[at]:
@@ -205,10 +222,15 @@ def _feature(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) ->
         values = signed_log(values, unit)
         mean, std = values.mean(), values.std()
     std = std if std > 1e-8 * max(abs(mean), 1e-30) else 1.0
-    # The outer edges are shared by SMALLEST_GROUP people: the model file holds no single record's value.
-    edge = min(0.05, SMALLEST_GROUP / max(len(values), 1))
-    knots = np.quantile((values - mean) / std, [edge, *np.arange(1, 8) / 8, 1 - edge]) if len(values) else np.linspace(-2, 2, 9)
+    knots = _octiles((values - mean) / std) if len(values) else np.linspace(-2, 2, 9)
     return {"mean": mean, "std": std, "log": log, "unit": unit, "knots": knots}
+
+
+def _octiles(z: np.ndarray) -> np.ndarray:
+    """Nine edges. SMALLEST_GROUP people lie at or beyond the outer ones: the model file keeps no extreme of one."""
+    at = min(SMALLEST_GROUP - 1, len(z) // 8)
+    ordered = np.sort(z)
+    return np.r_[ordered[at], np.quantile(z, np.arange(1, 8) / 8), ordered[-at - 1]]
 
 
 def signed_log(x: np.ndarray, unit: float) -> np.ndarray:

@@ -119,10 +119,12 @@ def explained(url: str) -> Iterator[None]:
         yield
     except (PermissionDeniedError, UnauthenticatedError):
         raise UserError(f"{url}: access denied; check the credentials and what they may read and write") from None
-    except NotFoundError:
-        raise
     except BaseError as error:
+        if isinstance(error, NotFoundError) and "NoSuchBucket" not in str(error):
+            raise
         reason = str(error).split("\n")[0]
+        if "NoSuchBucket" in str(error):
+            raise UserError(f"{url}: there is no such bucket") from None
         if "InvalidAccessKeyId" in str(error) or "SignatureDoesNotMatch" in str(error):
             raise UserError(f"{url}: access denied; check the credentials") from None
         raise UserError(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None

@@ -58,7 +58,7 @@ class ModelConfig:
     decoder: int = 128          # width of the private encoders and decoders
     dropout: float = 0.3
     piecewise_limit: int = 64   # modalities up to this width get the piecewise-linear encoding
-    elbo_weight: float = 0.03   # weight of L_elbo in the objective, L_impute's being 1
+    elbo_weight: float = 0.1    # weight of L_elbo in the objective, L_impute's being 1
     impute_draws: int = 8       # latent draws per record in L_impute, in antithetic pairs
     hide_one: float = 0.8       # probability that exactly one modality is hidden
     drop_values: float = 0.5    # share of training records of which the encoders see only a part of the values

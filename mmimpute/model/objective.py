@@ -1,9 +1,22 @@
 """The loss terms and the random hiding of modalities.
 
-The patent's two terms (US 2025/0259050 A1, eqs. 2 and 3), in nats per record, are always computed as written and
-reported as `elbo` and `impute`. What is minimised is
+The patent's two terms (US 2025/0259050 A1, eqs. 2 and 3), in nats per record, are computed as written and reported
+as `elbo` and `impute`. What is minimised is
 
-    score of the hidden values - elbo_weight * (elbo with 1/D_j weights)
+    score of the hidden values - elbo_weight * elbo per observed value
+
+The score takes L_impute's place with the same z0 ~ q(z0 | x_not_I), zi ~ p(zi | z0): the CRPS of real features and
+minus the log-probability of the others, each of the mixture over several latent draws and divided by the training
+marginal's. A single draw's log-likelihood charges the decoder for the spread of z0. Measured, skill on tune rows
+(nhanes 0.0 | nhanes 0.5 | eicu 0.5; a difference under 0.004 is noise):
+
+    latent draws in the score      2: - | .132 | .014    6: - | .144 | .017    6 in antithetic pairs: - | .145 | .019
+                                  12 in antithetic pairs: - | .145 | .022     z0 at its mean: - | .146 | .022
+    elbo_weight (2 draws)       0.03: .230    0.1: .228    0.3: .224    1.0: .217;  on eicu 0.0 0.03 left cover90 at 0.87
+    ELBO parts weighted 1/D_j      .145 on nhanes 0.5, unweighted .147: the equation as it stands
+
+A larger elbo_weight makes joint draws and `generate` truer: on the linear-Gaussian cohort the largest error of a
+generated correlation is 0.30 at 0.1 and 0.19 at 0.5, at which imputed variances are within 7% on average.
 
 Shape suffixes: B records, K modalities, D features.
 """

@@ -101,10 +101,9 @@ def share(n: int | None, of: int | None) -> float | None:
 def _feature(feature: dict, present: int | None) -> dict:
     observed = feature.get("observed")
     statistics = {name: number(feature.get(name)) for name in ("mean", "std", "low", "high")}
-    rate_note = None
-    if not observed or few(observed):
-        statistics = dict.fromkeys(statistics)
-    elif False and (rate_note := _rare(statistics["mean"], observed)):
+    hidden = not observed or few(observed)
+    rate_note = _rare(statistics["mean"], observed) if feature.get("kind") == "binary" and not hidden else None
+    if hidden or rate_note:
         statistics = dict.fromkeys(statistics)
     return {
         "name": str(feature.get("name")),

@@ -6,6 +6,7 @@ readers tell apart, and no figure relies on colour alone. `svg` exchanges them f
 
 import io
 import re
+from itertools import pairwise
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -51,7 +52,8 @@ def training(history: list[dict], name: str, title: str) -> Figure:
         for key, label, colour, line in ((name, "training split", BLUE, "-"), (f"tune_{name}", "tune split", ORANGE, "--")):
             points = [(epoch["epoch"], epoch[key]) for epoch in history if epoch.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=1.6, marker="o" if len(points) < 12 else None, ms=3)
+                marker = "o" if len(points) < 12 else None
+                axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=1.6, marker=marker, ms=3)
                 values += [point[1] for point in points]
         _leave_out_the_first_epochs(axes, values)
         if best := best_epoch(history):
@@ -92,7 +94,7 @@ def skill(scores: list[dict], title: str) -> Figure:
         axes.set_yticks(range(len(scores)), [shortened(score["name"]) for score in scores])
         axes.invert_yaxis()
         low, high = min([0.0, *values]), max([0.1, *values])
-        axes.set_xlim(low - (0.12 * (high - low) if low < 0 else 0.0), high + 0.12 * (high - low))
+        axes.set_xlim(low - (0.2 * (high - low) if low < 0 else 0.0), high + 0.12 * (high - low))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("skill (0: the column mean; 1: perfect)")
@@ -145,11 +147,11 @@ def distribution(shown: dict) -> Figure:
         ):
             counts = shown[name]
             if whole := sum(counts):
-                widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+                widths = [b - a for a, b in pairwise(edges)]
                 density = [n / whole / width if width > 0 else 0.0 for n, width in zip(counts, widths, strict=True)]
                 axes.stairs(density, edges, label=name, **style)
         axes.set_yticks([])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.3 * axes.dataLim.ymax)  # room for the legend
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.legend(loc="upper right", fontsize=8, handlelength=1.2)
         return figure
@@ -170,7 +172,8 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     text = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", text)
     for colour, variable in CSS.items():
         text = re.sub(colour, variable, text, flags=re.IGNORECASE)
-    return re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{escape(label)}">', text, count=1)
+    box = re.search(r'viewBox="[^"]+"', text)[0]
+    return f'<svg {box} role="img" aria-label="{escape(label)}">' + text[text.index(">") + 1 :]
 
 
 def shortened(name: str, most: int = 22) -> str:

@@ -50,8 +50,8 @@ class _Drawing:
         from mmimpute.report import figures
 
         last = history[-1]
-        label = f"{title} over {len(history)} epochs; last epoch: {decimal(last.get(name))} training, {decimal(last.get('tune_' + name))} tune"
-        return self._svg(figures.training(history, name, title), label)
+        end = f"{decimal(last.get(name))} training, {decimal(last.get('tune_' + name))} tune"
+        return self._svg(figures.training(history, name, title), f"{title} over {len(history)} epochs; last epoch: {end}")
 
     def skill(self, scores: list[dict], title: str) -> Markup:
         from mmimpute.report import figures
@@ -82,7 +82,8 @@ class _Drawing:
         from mmimpute.report import figures
 
         counts = modality["pit"]
-        label = f"Histogram of predictive quantiles of {modality['name']}: {len(counts)} bins, highest {max(counts) * len(counts) / sum(counts):.2f} of flat"
+        highest = max(counts) * len(counts) / sum(counts)
+        label = f"Histogram of predictive quantiles of {modality['name']}: {len(counts)} bins, the highest {highest:.2f} times the flat one"
         return self._svg(figures.pit(counts, modality["name"]), label)
 
     def distribution(self, shown: dict) -> Markup:

@@ -89,6 +89,18 @@ def test_a_row_does_not_depend_on_its_neighbours():
             torch.testing.assert_close(a[0], b[row], rtol=1e-5, atol=1e-5)
 
 
+def test_predicting_only_what_is_missing_gives_the_same_there():
+    model, x = mixed_model(), mixed_values(ROWS)
+    observed = masks(x, share=0.9)
+    full, part = model.predict(x, observed), model.predict(x, observed, only_missing=True)
+    for k, o in enumerate(observed):
+        lacking = ~o.all(1)
+        assert 0 < lacking.sum() < ROWS
+        torch.testing.assert_close(part.mean[k][lacking], full.mean[k][lacking], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.std[k][lacking], full.std[k][lacking], rtol=1e-5, atol=1e-5)
+        assert torch.equal(part.mean[k][~lacking], x[k][~lacking]) and (part.std[k][~lacking] == 0).all()
+
+
 def test_predict_agrees_with_the_moments_of_draws():
     """The fixed nodes and the random draws describe one distribution."""
     model, x = mixed_model(), mixed_values(4)

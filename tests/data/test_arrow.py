@@ -1,0 +1,191 @@
+"""Arrow to arrays and back: what was observed comes back bit for bit, whatever the layout."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, in_columns
+from mmimpute.data.schema import CohortSchema, Feature, Modality, check_columns, draft_schema
+from mmimpute.errors import DataError
+from mmimpute.spec import CohortSpec, ModalitySpec
+
+FLOATS = {"float": 32, "double": 64, "halffloat": 16}
+WHOLE = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
+LEVELS = ("low", "middle", "high")
+
+
+def numbers(kind: str):
+    if kind in FLOATS:
+        return st.floats(width=FLOATS[kind], allow_nan=False, allow_infinity=False)
+    if kind == "bool":
+        return st.booleans()
+    bits = int(kind.lstrip("uint") or 0)
+    return st.integers(0, 2 ** min(bits - 1, 52) - 1)
+
+
+@st.composite
+def list_columns(draw, rows: int):
+    kind, width = draw(st.sampled_from([*FLOATS, "int32"])), draw(st.integers(1, 4))
+    value = pa.float16() if kind == "halffloat" else pa.type_for_alias(kind)
+    layout = draw(st.sampled_from(["list", "large_list", "fixed"]))
+    kinds = {"list": pa.list_(value), "large_list": pa.large_list(value), "fixed": pa.list_(value, width)}
+    element = st.none() | numbers(kind)
+    values = draw(st.lists(st.none() | st.lists(element, min_size=width, max_size=width), min_size=rows, max_size=rows))
+    return pa.array(values, kinds[layout]), width
+
+
+@st.composite
+def scalar_columns(draw, rows: int):
+    kind = draw(st.sampled_from(["float", "double", "bool", "string", "dictionary", *WHOLE]))
+    if kind in ("string", "dictionary"):
+        values = pa.array(draw(st.lists(st.none() | st.sampled_from(LEVELS), min_size=rows, max_size=rows)), pa.string())
+        return values.dictionary_encode() if kind == "dictionary" else values
+    return pa.array(draw(st.lists(st.none() | numbers(kind), min_size=rows, max_size=rows)), kind)
+
+
+@st.composite
+def cohorts(draw):
+    """A table and its spec: one list modality, one of scalars; sliced, and in several chunks."""
+    rows = draw(st.integers(1, 12))
+    ids = draw(st.sampled_from([pa.int64(), pa.string(), pa.large_string()]))
+    lists, width = draw(list_columns(rows))
+    columns = {"subject_id": pa.array(range(rows)).cast(pa.string() if ids != pa.int64() else ids).cast(ids), "x": lists}
+    scalars = [draw(scalar_columns(rows)) for _ in range(draw(st.integers(1, 3)))]
+    columns |= {f"s__{i}": c for i, c in enumerate(scalars)}
+    table = pa.table(columns)
+    start = draw(st.integers(0, rows - 1))
+    cut = draw(st.integers(start, rows))
+    table = pa.concat_tables([table.slice(start, cut - start), table.slice(cut)])
+    levels = {str(i): LEVELS for i, c in enumerate(scalars) if pa.types.is_string(c.type) or pa.types.is_dictionary(c.type)}
+    spec = CohortSpec(modalities={"x": ModalitySpec(column="x"), "s": ModalitySpec(prefix="s__", levels=levels)})
+    return table, draft_schema(spec, table.schema, {"x": width})
+
+
+def same(found, expected) -> bool:
+    """Equal to the bit, for floats of either width."""
+    if isinstance(expected, float):
+        return math.copysign(1, found) == math.copysign(1, expected) and found == expected
+    return found == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(cohorts())
+def test_input_columns_and_observed_values_come_back(cohort):
+    table, schema = cohort
+    out = enriched_schema(schema, table.schema, draws=2, latent=True)
+    at, batches = 0, []
+    for batch in table.to_batches():
+        records = decode(batch, schema, "s")
+        imputed = {n: Imputation(np.ones_like(x), np.full_like(x, 0.5), np.ones((2, *x.shape), x.dtype)) for n, x in records.items()}
+        batches.append(enrich(batch, out, schema, records, imputed, np.zeros((len(batch), 3))))
+        at += len(batch)
+    enriched = pa.Table.from_batches(batches, out)
+    for name in table.column_names:
+        assert enriched.column(name).combine_chunks().equals(table.column(name).combine_chunks())
+    for modality in schema.modalities:
+        columns = [table.column(c).to_pylist() for c in modality.columns]
+        for row in range(len(table)):
+            check_row(modality, enriched, row, [c[row] for c in columns])
+
+
+def check_row(modality: Modality, enriched: pa.Table, row: int, cells: list) -> None:
+    values = cells[0] if modality.layout == "list" else cells
+    width = len(modality.features)
+    missing = [v is None for v in values] if values is not None else [True] * width
+    for at, column in enumerate(modality.columns):
+        imputed, std, draws = (enriched.column(column + s)[row].as_py() for s in ("__imputed", "__std", "__draws"))
+        if not any(missing):
+            assert imputed is None and std is None and draws is None
+            continue
+        if modality.layout == "list":
+            pairs = zip(values or [None] * width, imputed, std, strict=True)
+        else:
+            pairs = [(values[at], imputed, std)]
+        for observed, completed, spread in pairs:
+            assert spread == (0.5 if observed is None else 0)
+            assert observed is None or same(completed, observed)
+        assert len(draws) == 2
+
+
+def table_of(**columns) -> pa.Table:
+    return pa.table({"subject_id": ["a", "b", "c"], **columns})
+
+
+def schema_of(table: pa.Table, kind: str = "auto", levels=(), width: int = 2) -> CohortSchema:
+    levels = {"f0" if "x" in table.column_names else "v": levels} if levels else {}
+    modality = ModalitySpec(column="x", kinds=kind, levels=levels) if "x" in table.column_names else ModalitySpec(prefix="s__", kinds=kind, levels=levels)
+    return draft_schema(CohortSpec(modalities={"m": modality}), table.schema, {"x": width})
+
+
+BAD = {
+    "wrong length": (table_of(x=[[1.0, 2.0], [1.0], None]), "auto", (), "1 lists of another length"),
+    "infinity": (table_of(s__v=[1.0, np.inf, None]), "auto", (), "1 infinite values"),
+    "infinity in a list": (table_of(x=[[1.0, -np.inf], None, None]), "auto", (), "x[f1]"),
+    "unknown text": (table_of(s__v=["low", "huge", None]), "categorical", LEVELS, "1 values of no known level"),
+    "unknown number": (table_of(s__v=[1.0, 2.0, 7.0]), "ordinal", (1.0, 2.0), "1 values of no known level"),
+    "no binary": (table_of(s__v=[0, 1, 2]), "binary", (), "1 values other than 0 and 1"),
+    "negative count": (table_of(s__v=[0, -1, 2]), "count", (), "1 values that are no counts"),
+    "broken count": (table_of(s__v=[0, 0.5, 2]), "count", (), "1 values that are no counts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_are_told_without_their_value(case):
+    table, kind, levels, message = BAD[case]
+    with pytest.raises(DataError) as caught:
+        decode(table, schema_of(table, kind, levels), "part-7.parquet")
+    assert "part-7.parquet" in str(caught.value)
+    assert message in str(caught.value)
+    assert "huge" not in str(caught.value)
+
+
+def test_nan_is_missing():
+    records = decode(table_of(s__v=[1.0, np.nan, None]), schema_of(table_of(s__v=[1.0, 2.0, None])), "s")
+    assert np.isnan(records["m"][:, 0]).tolist() == [False, True, True]
+
+
+def test_subject_ids():
+    with pytest.raises(DataError, match="2 repeated subject ids"):
+        check_subjects(pa.chunked_array([["a", "b", "a", "a"]]), "subject_id", "s")
+    with pytest.raises(DataError, match="1 null subject ids"):
+        check_subjects(pa.chunked_array([["a", None]]), "subject_id", "s")
+    with pytest.raises(DataError, match="no records"):
+        check_subjects(pa.chunked_array([[]], pa.string()), "subject_id", "s")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"y": [1.0]}, "no such column"),
+        ({"x": ["text"]}, "expected lists of 2 numbers"),
+        ({"x": [1.0]}, "expected lists of 2 numbers"),
+        ({"x": pa.array([[1.0, 2.0, 3.0]], pa.list_(pa.float32(), 3))}, "expected lists of 2 numbers"),
+        ({"x": [[1.0, 2.0]], "x__imputed": [[1.0, 2.0]]}, "raw records"),
+    ],
+)
+def test_footer_checks(column, message):
+    schema = schema_of(table_of(x=[[1.0, 2.0], None, None]))
+    with pytest.raises(DataError, match=message):
+        check_columns(schema, pa.table({"subject_id": ["a"], **column}).schema, "s")
+
+
+def test_tensor_columns_are_lists():
+    tensor = pa.fixed_shape_tensor(pa.float32(), (2,))
+    storage = pa.array([[1.0, 2.0], None, [3.0, None]], pa.list_(pa.float32(), 2))
+    table = table_of(x=pa.ExtensionArray.from_storage(tensor, storage))
+    records = decode(table, schema_of(table), "s")
+    np.testing.assert_array_equal(records["m"], [[1, 2], [np.nan, np.nan], [3, np.nan]])
+
+
+def test_synthetic_values_take_the_cohorts_types():
+    features = (Feature(name="v", kind="real"), Feature(name="o", kind="ordinal", levels=(10.0, 20.0)), Feature(name="t", kind="categorical", levels=LEVELS))
+    modality = Modality(
+        name="m", layout="scalars", columns=("m__v", "m__o", "m__t"), types=("int8", "double", "string"), features=features, impute=True, hide=0.5
+    )
+    columns = in_columns(modality, np.array([[300.4, 1, 2], [-1.6, 0, 0]]))
+    assert [c.to_pylist() for c in columns.values()] == [[127, -2], [20.0, 10.0], ["high", "low"]]
+    assert [str(c.type) for c in columns.values()] == ["int8", "double", "string"]

@@ -1,0 +1,63 @@
+"""Settings files: what is right is read, what is wrong is told with what would be right."""
+
+import pytest
+
+from mmimpute.errors import UserError
+from mmimpute.spec import CohortSpec, ModalitySpec, read_config, read_spec
+
+MODALITY = '[modalities.labs]\nprefix = "labs__"\n'
+WRONG = {
+    "unknown key": ("colour = 1\n" + MODALITY, "unknown key 'colour'; valid keys here: subject_id, timestamp, outcomes, modalities"),
+    "unknown key inside": (MODALITY + "hidden = 1\n", "unknown key 'modalities.labs.hidden'; valid keys here: column, prefix, features"),
+    "no modality": ('subject_id = "id"\n', "modalities: Field required"),
+    "unknown kind": (MODALITY + 'kinds = "number"\n', "modalities.labs.kinds"),
+    "both places": (MODALITY + 'column = "labs"\n', "give either column"),
+    "no place": ("[modalities.labs]\nimpute = false\n", "give either column"),
+    "kinds and features differ": (MODALITY + 'features = ["a"]\nkinds = ["real", "real"]\n', "2 kinds for 1 features"),
+    "repeated features": (MODALITY + 'features = ["a", "a"]\n', "not unique"),
+    "never hidden": (MODALITY + "hide = 0.0\n", "modalities.labs.hide"),
+    "name with a divider": ('[modalities."a__b"]\nprefix = "a__"\n', "has no '__' in it"),
+    "no TOML": ("subject_id = \n", "not a readable TOML file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_told(case, tmp_path):
+    text, message = WRONG[case]
+    path = tmp_path / "cohort.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_spec(tmp_path / "cohort.toml")
+
+
+def test_spec_round_trip(spec_file):
+    spec = read_spec(spec_file)
+    assert list(spec.modalities) == ["labs", "rna", "dx"]
+    assert CohortSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_config_takes_the_spec_as_a_path_or_as_a_table(spec_file, tmp_path):
+    places = 'shards = "a"\nmodel = "b"\noutput = "c"\n'
+    by_path, by_table = tmp_path / "path.toml", tmp_path / "table.toml"
+    by_path.write_text(f'spec = "{spec_file.name}"\n' + places)
+    by_table.write_text(places + '[spec.modalities.labs]\ncolumn = "labs"\n[fit]\nepochs = 3\n')
+    assert read_config(by_path).spec == read_spec(spec_file)
+    assert read_config(by_table).spec.modalities == {"labs": ModalitySpec(column="labs")}
+    assert read_config(by_table).fit.epochs == 3
+
+
+def test_config_mistakes(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('shards = "a"\nmodel = "b"\noutput = "c"\nspec = "cohort.toml"\n')
+    with pytest.raises(UserError, match="cohort.toml: no such file"):
+        read_config(path)
+    path.write_text('shards = "a"\nmodel = "b"\noutput = "c"\n[spec.modalities.a]\ncolumn = "a"\n[fit]\nepoch = 3\n')
+    with pytest.raises(UserError, match=r"unknown key 'fit.epoch'; valid keys here: seed, epochs"):
+        read_config(path)
