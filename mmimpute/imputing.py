@@ -123,7 +123,7 @@ def predict(
     """What the model says of every value of the imputed modalities, and the shared latent where it is wanted."""
     x, observed = to_model(flat(records), model.widths, generator.device)
     with torch.inference_mode():
-        predicted = model.module.predict(x, observed)
+        predicted = model.module.predict(x, observed, only_missing=True)
         draws = model.module.impute([(v, 1) for v in x], settings.draws, generator) if settings.draws else [None] * len(x)
     names = [m.name for m in model.schema.modalities]
     imputed = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmimpute.data.schema import CohortSchema, check_columns, draft_schema
+from mmimpute.data.schema import CohortSchema, check_columns, draft_schema, is_list, storage_type
 from mmimpute.data.shards import Shard, list_shards, list_widths, read_footer
 from mmimpute.data.table import FOOTER_THREADS, digest
 from mmimpute.errors import DataError, UserError
@@ -38,7 +38,8 @@ def survey(url: str, spec: CohortSpec) -> Survey:
     """
     shards, footers, errors = _footers(url)
     arrow = common_schema([f.schema.to_arrow_schema() for f in footers.values()], errors)
-    lists = [m.column for m in spec.modalities.values() if m.column in arrow.names]
+    named = [m.column for m in spec.modalities.values() if m.column in arrow.names]
+    lists = [c for c in named if is_list(storage_type(arrow.field(c).type))]
     widths = list_widths(url, [s for s in shards if s.key in footers], lists)
     if unknown := set(lists) - set(widths):
         raise UserError(f"spec: column {sorted(unknown)[0]!r} holds no list in any shard; leave its modality out")

@@ -1,0 +1,159 @@
+"""The jobs on a real Ray and a real object store: fit with two workers, resume, impute, evaluate, generate, describe."""
+
+import numpy as np
+import obstore
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from mmimpute import jobs, planning, registry
+from mmimpute.cluster import runtime
+from mmimpute.data import storage
+from mmimpute.data.table import table_state
+from mmimpute.errors import DataError, UserError
+from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
+from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
+
+pytestmark = pytest.mark.cluster
+CLUSTER = ClusterSettings(cpus=4, actors=2)
+FIT = FitSettings(epochs=8, batch_size=64, workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    """One local Ray for all tests of this file, started after the store's variables are set, so that workers inherit them."""
+    with runtime.cluster(CLUSTER):
+        yield
+
+
+@pytest.fixture(scope="module")
+def bucket_url(endpoint):
+    from mmimpute import store
+
+    store.create_bucket(endpoint, "jobs")
+    return "s3://jobs"
+
+
+@pytest.fixture(scope="module")
+def cohort(endpoint, bucket_url, tmp_path_factory):
+    """(shards, spec, model home, what fit returned, epochs seen): a fitted cohort, one of whose shards is bad inside."""
+    shards, home = f"{bucket_url}/shards", f"{bucket_url}/model"
+    write_cohort(shards, rows=1500, shards=5)
+    bad = linear_cohort(40, seed=5, first=9000)
+    bad = bad.set_column(bad.column_names.index("dx__stage"), "dx__stage", pa.array([np.inf] * 40))
+    write_table(shards, "x-infinite.parquet", bad)
+    spec = tmp_path_factory.mktemp("spec") / "cohort.toml"
+    spec.write_text(SPEC)
+    epochs = []
+    found = planning.survey(shards, read_spec(spec))
+    # A driver that dies between training and saving resumes without training again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.fit_model(found, home, FIT, CLUSTER, epochs.append)
+    trained = [e["epoch"] for e in epochs if "epoch" in e]
+    assert trained == list(range(1, len(trained) + 1))
+    fitted = jobs.fit_model(found, home, FIT, CLUSTER, epochs.append)
+    assert [e["epoch"] for e in epochs if "epoch" in e] == trained, "a finished training run was done again"
+    return shards, spec, home, fitted, len(trained)
+
+
+def dies(*_):
+    raise KeyboardInterrupt
+
+
+def test_fit_leaves_a_champion_and_its_records(cohort):
+    _, _, home, fitted, epochs = cohort
+    assert fitted["trained"] and registry.champion(home) == fitted["digest"]
+    assert list(fitted["set_aside"]) == ["x-infinite.parquet"]
+    history = registry.read_record(fitted["model"], "history")
+    assert len(history) == epochs
+    assert history[-1]["tune_loss"] < history[0]["tune_loss"]
+    assert not storage.list_objects(storage.join(home, "_training"))
+    assert registry.read_record(fitted["model"], "profile")["rows"] == 1500
+
+
+def test_a_standing_champion_is_not_fitted_again(cohort):
+    shards, spec, home, fitted, _ = cohort
+    again = jobs.fit_model(planning.survey(shards, read_spec(spec)), home, FIT.model_copy(update={"workers": 1}), CLUSTER)
+    assert not again["trained"] and again["digest"] == fitted["digest"]
+    assert list(again["set_aside"]) == ["x-infinite.parquet"]
+
+
+def test_impute_publishes_good_shards_once_and_commits(cohort, bucket_url):
+    shards, _, home, _, _ = cohort
+    output = f"{bucket_url}/enriched"
+    done = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
+    assert done["rows"] == 1500 and list(done["set_aside"]) == ["x-infinite.parquet"]
+    assert done["committed"]["added"] == 5 and done["committed"]["counts"]["rows"] == 1500
+    enriched = pa.concat_tables(read_table(output, k) for k in sorted(table_state(output).keys))
+    given = pa.concat_tables(read_table(shards, f"part-00{i}.parquet") for i in range(5))
+    assert enriched.select(given.column_names).sort_by("subject_id").equals(given.sort_by("subject_id"))
+    again = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
+    assert again["done_before"] == 5 and again["committed"]["version"] == done["committed"]["version"]
+    more = linear_cohort(60, seed=6, first=5000)
+    write_table(shards, "part-005.parquet", more)
+    third = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
+    assert (third["done_before"], third["rows"], third["committed"]["added"]) == (5, 60, 1)
+    seen = DeltaTable(output, storage_options=storage.delta_options(output)).to_pyarrow_dataset().to_table(columns=["subject_id"])
+    assert len(seen["subject_id"].unique()) == 1560
+    obstore.delete(storage.connect(shards), "part-005.parquet")
+
+
+def test_evaluation_beats_the_column_mean(cohort):
+    shards, spec, _, fitted, _ = cohort
+    found = jobs.evaluate_model(planning.survey(shards, read_spec(spec)), fitted["model"], CLUSTER)
+    assert 100 < found["rows"] < 200
+    for name, modality in found["modalities"].items():
+        assert modality["skill"] > 0.1, name
+        assert modality["rows"] <= found["rows"]
+    assert found["modalities"]["labs"]["r2"] > 0.3
+
+
+def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url):
+    shards, _, home, _, _ = cohort
+    done = jobs.generate_cohort(home, f"{bucket_url}/synthetic", 700, 3, CLUSTER)
+    assert done == {"shards": 1, "rows": 700}
+    made = read_table(f"{bucket_url}/synthetic", "synthetic-3-00000.parquet")
+    given = read_table(shards, "part-000.parquet")
+    assert all(s.startswith("synthetic-3-") for s in made["subject_id"].to_pylist())
+    assert made.schema.metadata[b"mmimpute.synthetic"] == b"true"
+    for column in ("dx__code", "dx__stage", "dx__site"):
+        assert made[column].type == given[column].type and made[column].null_count == 0
+        assert set(made[column].unique().to_pylist()) <= set(given[column].drop_null().unique().to_pylist())
+    assert set(map(len, made["rna"].to_pylist())) == {6}
+    jobs.generate_cohort(home, f"{bucket_url}/again", 700, 3, CLUSTER)
+    assert read_table(f"{bucket_url}/again", "synthetic-3-00000.parquet").equals(made)
+
+
+def test_describe_drafts_a_spec_that_works(cohort, tmp_path):
+    shards, *_ = cohort
+    found = jobs.describe_cohort(shards, CLUSTER)
+    (tmp_path / "cohort.toml").write_text(found["spec"])
+    spec = read_spec(tmp_path / "cohort.toml")
+    assert list(spec.modalities) == ["labs", "rna", "dx"] and spec.outcomes == ("outcome__*",)
+    assert spec.modalities["dx"].kinds == ("binary", "ordinal", "categorical")
+    assert list(found["set_aside"]) == ["x-infinite.parquet"]
+    assert found["profile"]["rows"] == 1500
+
+
+def test_describe_leaves_free_text_out(tmp_path):
+    texts = pa.array([f"seen by doctor {i}" for i in range(80)])
+    write_table(str(tmp_path), "a.parquet", linear_cohort(80).append_column("dx__note", texts))
+    found = jobs.describe_cohort(str(tmp_path), CLUSTER)
+    assert "# Columns left out" in found["spec"] and "'dx__note'" in found["spec"]
+    assert "seen by" not in str(found)
+
+
+def test_no_good_shard(tmp_path, spec_file):
+    bad = linear_cohort(40)
+    write_table(str(tmp_path), "a.parquet", bad.set_column(0, "subject_id", pa.array(["same"] * 40)))
+    found = planning.survey(str(tmp_path), read_spec(spec_file))
+    with pytest.raises(DataError, match="39 repeated subject ids"):
+        jobs.fit_model(found, str(tmp_path / "model"), FIT, CLUSTER)
+
+
+def test_too_few_records(tmp_path, spec_file):
+    write_cohort(str(tmp_path), rows=30, shards=1)
+    with pytest.raises(UserError, match="a model needs 50"):
+        jobs.fit_model(planning.survey(str(tmp_path), read_spec(spec_file)), str(tmp_path / "model"), FIT, CLUSTER)
