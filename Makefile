@@ -1,12 +1,12 @@
 # make demo [ROWS=1000000]   the whole job on a real cohort, with a local object store, Prefect and Ray
-# make test | test-all       the tests | with the slow ones
+# make test | test-fast | test-all   the tests | without Ray and Prefect | with the slow ones
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BENCH ?= ../shared/bench
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint clean bench-accuracy
+.PHONY: demo test test-fast test-all lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -14,6 +14,9 @@ demo: $(READY)
 
 test: $(READY)
 	.venv/bin/pytest
+
+test-fast: $(READY)
+	.venv/bin/pytest -m "not slow and not cluster"
 
 test-all: $(READY)
 	.venv/bin/pytest -m "slow or not slow"

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute import __version__
-from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.console import accuracy_table, console, report_errors, set_aside_table, watch
+from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
@@ -135,7 +135,8 @@ def impute(
     done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"))
     committed = done["committed"]
     console.print(
-        f"{done['rows']:,} records imputed in {done['seconds']['all']:.0f} s ({done['done_before']} of {done['shards']} shards were done before); "
+        f"{done['rows']:,} records imputed in {done['seconds']['all']:.0f} s "
+        f"({done['done_before']} of {done['shards']} shards were done before); "
         f"table version {committed['version']}: {escape(output)}"
     )
     _finish(done["set_aside"])

@@ -98,7 +98,11 @@ def show_record(url: str) -> None:
 def _with_gaps(table: pa.Table, modalities: list[str]) -> dict:
     """The first record that lacks two modalities."""
     for row in table.to_pylist():
-        absent = [m for m in modalities if all(v is None for c, v in row.items() if c.startswith(f"{m}__") and "__imputed" not in c and "__std" not in c)]
+        absent = [
+            m
+            for m in modalities
+            if all(v is None for c, v in row.items() if c.startswith(f"{m}__") and "__imputed" not in c and "__std" not in c)
+        ]
         if len(absent) == 2:
             return row
     return table.slice(0, 1).to_pylist()[0]

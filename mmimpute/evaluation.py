@@ -81,7 +81,9 @@ def _score(modality: Modality, y, mean, std, draws, m0, s0) -> dict:
         "features": scored,
         **_intervals(y[:, numbers], mean[:, numbers], std[:, numbers]),
         **_reliability(y[:, binary], mean[:, binary]),
-        "distributions": [_distribution(f.name, y[:, d], draws[:, d]) for d, f in enumerate(modality.features) if f.kind != "categorical"][:12],
+        "distributions": [_distribution(f.name, y[:, d], draws[:, d]) for d, f in enumerate(modality.features) if f.kind != "categorical"][
+            :12
+        ],
     }
 
 

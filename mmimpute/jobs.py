@@ -104,7 +104,8 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
 def model_config(schema: CohortSchema, settings: FitSettings) -> ModelConfig:
     """The model's sizes and kinds, from the settled schema."""
     modalities = tuple(
-        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide) for m in schema.modalities
+        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide)
+        for m in schema.modalities
     )
     return ModelConfig(modalities, **({"shared": settings.z0} if settings.z0 else {}))
 
@@ -124,7 +125,9 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
     return evaluate(model, x, registry.read_record(model.url, "marginals"))
 
 
-def impute_table(found: Survey, place: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+def impute_table(
+    found: Survey, place: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore
+) -> dict:
     """Imputes the shards that have no enriched version under this model and these settings yet.
 
     Returns {shards, done_before, set_aside, rows, seconds: {read, model, write, all}}; commits nothing.
@@ -144,7 +147,13 @@ def impute_table(found: Survey, place: str, output: str, settings: ImputeSetting
                     seconds[phase] += status["seconds"][phase]
                 on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
     seconds["all"] = time.perf_counter() - began
-    return {"shards": len(found.shards), "done_before": len(done), "set_aside": found.set_aside | found_bad, "rows": rows, "seconds": seconds}
+    return {
+        "shards": len(found.shards),
+        "done_before": len(done),
+        "set_aside": found.set_aside | found_bad,
+        "rows": rows,
+        "seconds": seconds,
+    }
 
 
 def expected_outputs(found: Survey, place: str, settings: ImputeSettings) -> dict[str, Shard]:
@@ -164,7 +173,9 @@ def commit_table(found: Survey, place: str, output: str, settings: ImputeSetting
     return {"table": output, **done._asdict()}
 
 
-def impute_cohort(model: str, shards: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+def impute_cohort(
+    model: str, shards: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore
+) -> dict:
     """Survey, imputation and commit in one: what `mmimpute impute` does."""
     place = registry.locate(model)
     found = survey_for(shards, registry.describe(place).cohort)

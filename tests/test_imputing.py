@@ -16,13 +16,15 @@ from mmimpute.imputing import impute_shard
 from mmimpute.spec import ImputeSettings
 from tests.conftest import linear_cohort, read_table, write_table
 
+DEFAULTS = ImputeSettings()
+
 
 @pytest.fixture(scope="module")
 def model(small_cohort):
     return registry.load(small_cohort[2])
 
 
-def impute(model, tmp_path, table, settings=ImputeSettings()) -> tuple[dict, pa.Table | None]:
+def impute(model, tmp_path, table, settings=DEFAULTS) -> tuple[dict, pa.Table | None]:
     shards, output = str(tmp_path / "shards"), str(tmp_path / "out")
     write_table(shards, "part.parquet", table)
     (shard,) = list_shards(shards)
@@ -33,7 +35,7 @@ def impute(model, tmp_path, table, settings=ImputeSettings()) -> tuple[dict, pa.
 def test_the_output_contract(model, tmp_path, monkeypatch):
     monkeypatch.setattr(imputing, "BATCH", 64)  # several batches
     table = linear_cohort(300, seed=3)
-    status, out = impute(model, tmp_path, table, ImputeSettings(draws=3, latent=True))
+    _, out = impute(model, tmp_path, table, ImputeSettings(draws=3, latent=True))
     assert out.select(table.column_names).equals(table)
     for name, width in {"labs": 4, "rna": 6}.items():
         for value, filled, std, draws in zip(*(out[name + s].to_pylist() for s in ("", "__imputed", "__std", "__draws")), strict=True):
@@ -63,7 +65,7 @@ def test_nothing_observed_is_imputed_from_the_prior_and_marked(model, tmp_path):
 
 def test_counts_travel_with_the_shard(model, tmp_path):
     table = linear_cohort(200)
-    status, out = impute(model, tmp_path, table)
+    status, _ = impute(model, tmp_path, table)
     metadata = pq.read_metadata(io.BytesIO(storage.read(str(tmp_path / "out"), status["output"]))).metadata
     assert json.loads(metadata[COUNTS.encode()]) == {k: status[k] for k in ("rows", "from_prior", "imputed")}
     assert metadata[b"mmimpute.model"].decode() == model.digest and metadata[b"mmimpute.input"] == b"part.parquet"
@@ -78,8 +80,10 @@ def test_the_same_input_gives_the_same_bytes(model, tmp_path):
         results.append(storage.read(str(tmp_path / run / "out"), status["output"]))
     # The local etag holds the time of writing, so the keys differ and with them the seed: compare what does not hang on it.
     tables = [pq.read_table(io.BytesIO(r)) for r in results]
-    assert tables[0].drop_columns([c for c in tables[0].column_names if c.endswith("__draws")]).equals(
-        tables[1].drop_columns([c for c in tables[1].column_names if c.endswith("__draws")])
+    assert (
+        tables[0]
+        .drop_columns([c for c in tables[0].column_names if c.endswith("__draws")])
+        .equals(tables[1].drop_columns([c for c in tables[1].column_names if c.endswith("__draws")]))
     )
 
 
@@ -131,7 +135,9 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes(b ^ 0xFF for b in content[middle : middle + 64]) + content[middle + 64 :]
 
 
-@pytest.mark.parametrize("spoil", [cut_off, flipped, lambda _: b"", lambda _: b"subject_id,labs\n1,2\n"], ids=["cut off", "bits flipped", "empty", "CSV"])
+@pytest.mark.parametrize(
+    "spoil", [cut_off, flipped, lambda _: b"", lambda _: b"subject_id,labs\n1,2\n"], ids=["cut off", "bits flipped", "empty", "CSV"]
+)
 def test_unreadable_shards_are_set_aside(spoil, model, tmp_path):
     shards, output = str(tmp_path / "shards"), str(tmp_path / "out")
     write_table(shards, "part.parquet", linear_cohort(2000))

@@ -57,7 +57,7 @@ def test_nothing_to_work_on(tmp_path, spec_file):
     with pytest.raises(UserError, match=r"no readable shard: shard a\.parquet"):
         planning.survey(url, spec)
     write_table(url, "a.parquet", pa.table({"subject_id": [1], "labs": [[1.0]]}))
-    with pytest.raises(UserError, match="modalities.rna needs column 'rna'; the shards have 'subject_id', 'labs'"):
+    with pytest.raises(UserError, match=r"modalities\.rna needs column 'rna'; the shards have 'subject_id', 'labs'"):
         planning.survey(url, spec)
 
 
@@ -77,7 +77,10 @@ WRONG_SPECS = {
     ),
     "number of features": (CohortSpec(modalities={"labs": ModalitySpec(column="labs", features=("a",))}), "names 1 features"),
     "text as numbers": (CohortSpec(modalities={"dx": ModalitySpec(prefix="dx__", kinds="real")}), "their kind must be categorical"),
-    "one column twice": (CohortSpec(modalities={"a": ModalitySpec(column="labs"), "b": ModalitySpec(column="labs")}), "belong to two modalities"),
+    "one column twice": (
+        CohortSpec(modalities={"a": ModalitySpec(column="labs"), "b": ModalitySpec(column="labs")}),
+        "belong to two modalities",
+    ),
     "no such feature": (CohortSpec(modalities={"dx": ModalitySpec(prefix="dx__", levels={"x": (1.0, 2.0)})}), "names unknown features 'x'"),
 }
 

@@ -56,7 +56,15 @@ def a_run() -> dict:
             "patterns": [{"present": ["labs", "dx"], "rows": 5800}, {"present": ["dx"], "rows": 3200}, {"present": ["labs"], "rows": 105}],
         },
         "history": [
-            {"epoch": e, "elbo": e - 80.0, "impute": e - 40.0, "tune_elbo": e - 81.0, "tune_impute": e - 41.0, "rows_per_second": 5000}
+            {
+                "epoch": e,
+                "elbo": e - 80.0,
+                "impute": e - 40.0,
+                "tune_elbo": e - 81.0,
+                "tune_impute": e - 41.0,
+                "tune_loss": 1 - e / 50,
+                "rows_per_second": 5000,
+            }
             for e in range(1, 6)
         ],
         "evaluation": {
@@ -145,7 +153,7 @@ def test_page_says_what_the_run_did(page):
     facts = ("A cohort", "21 November 2026, 02:00 UTC", "9,254", "s3://bucket/models/9f2c0e3b", "version 3", "15 new", "part-3.parquet")
     assert [fact for fact in facts if fact not in page] == []
     assert "An imputation is not a measurement" in page
-    assert page.count("<svg") == 2 + 1 + 2 + 1 + 1 + 1 + 1, "training, skill, two of features, coverage, reliability, PIT, distribution"
+    assert page.count("<svg") == 3 + 1 + 2 + 1 + 1 + 1 + 1, "training, skill, two of features, coverage, reliability, PIT, distribution"
 
 
 def test_the_same_run_makes_the_same_page(page):

@@ -30,7 +30,12 @@ def shards_of(batch: pa.Table) -> Iterable[Shard]:
 
 
 def profile(
-    url: str, shards: list[Shard], schema: CohortSchema, rows: int, training_only: bool, on_progress: Callable[[int], None] = lambda done: None
+    url: str,
+    shards: list[Shard],
+    schema: CohortSchema,
+    rows: int,
+    training_only: bool,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Statistics, dict[str, str]]:
     """One streaming pass over the shards: their merged statistics, and the shards set aside with the reason.
 
@@ -46,14 +51,13 @@ def profile(
             found, error = None, problem
         return {"found": _objects(found), "error": _objects(error)}
 
-    total, errors, done = None, {}, 0
+    total, errors = None, {}
     results = shard_dataset(shards).map_batches(observe_batch, batch_size=1, batch_format="pyarrow")
-    for row in results.iter_rows():
+    for done, row in enumerate(results.iter_rows(), 1):
         if row["error"] is not None:
             errors[row["error"].shard] = row["error"]
         else:
             total = row["found"] if total is None else merge(total, row["found"])
-        done += 1
         on_progress(done)
     if total is None:
         raise next(iter(errors.values()))

@@ -51,5 +51,10 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def cpus_per_node() -> int:
+    """Of the smallest node that has any."""
+    return int(min(found for n in ray.nodes() if n["Alive"] and (found := n["Resources"].get("CPU"))))
+
+
 def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))

@@ -51,7 +51,9 @@ def _decode_modality(table, modality: Modality, shard: str) -> np.ndarray:
     if modality.layout == "list":
         x = _decode_list(arrays[0], len(modality.features), modality.columns[0], shard)
     else:
-        x = _stack([_decode_scalar(a, f, c, shard) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)], len(table))
+        x = _stack(
+            [_decode_scalar(a, f, c, shard) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)], len(table)
+        )
     if np.isinf(x).any():
         at = int(np.isinf(x).any(0).argmax())
         count = int(np.isinf(x[:, at]).sum())
@@ -77,7 +79,9 @@ def _decode_list(array: pa.Array, width: int, column: str, shard: str) -> np.nda
     lengths = pc.drop_null(pc.list_value_length(array))
     if len(lengths) and not pc.all(pc.equal(lengths, width)).as_py():
         wrong = pc.sum(pc.not_equal(lengths, width)).as_py()
-        raise DataError(shard, column, f"{wrong} lists of another length", f"lists of {width}", "pad with null, or mend `features` in the spec")
+        raise DataError(
+            shard, column, f"{wrong} lists of another length", f"lists of {width}", "pad with null, or mend `features` in the spec"
+        )
     values = _numbers(array.flatten()).reshape(-1, width)  # flatten skips null lists
     if present.all():
         return values

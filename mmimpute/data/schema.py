@@ -99,9 +99,7 @@ def draft_schema(spec: CohortSpec, arrow: pa.Schema, widths: dict[str, int]) -> 
     used = [c for m in modalities for c in m.columns]
     if twice := {c for c in used if used.count(c) > 1}:
         raise UserError(f"spec: columns {_some(sorted(twice))} belong to two modalities")
-    return CohortSchema(
-        subject_id=spec.subject_id, subject_type=str(value_type(arrow.field(spec.subject_id).type)), modalities=modalities
-    )
+    return CohortSchema(subject_id=spec.subject_id, subject_type=str(value_type(arrow.field(spec.subject_id).type)), modalities=modalities)
 
 
 def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, int], reserved: set[str]) -> Modality:
@@ -125,9 +123,7 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
         raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
     features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
     layout = "list" if spec.column else "scalars"
-    return Modality(
-        name=name, layout=layout, columns=columns, types=tuple(types), features=features, impute=spec.impute, hide=spec.hide
-    )
+    return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, impute=spec.impute, hide=spec.hide)
 
 
 def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: set[str]) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ STYLE = {
 }
 
 
-def training(history: list[dict], name: str, title: str) -> Figure:
-    """One term of the objective by epoch, on the training and the tune split; the epoch that was kept is marked."""
+def training(history: list[dict], name: str, title: str, unit: str) -> Figure:
+    """One figure of training by epoch, on the training (where known) and the tune split; the epoch that was kept is marked."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(title, width=4.4)
         values = []
@@ -55,20 +55,21 @@ def training(history: list[dict], name: str, title: str) -> Figure:
                 marker = "o" if len(points) < 12 else None
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=label, linewidth=1.6, marker=marker, ms=3)
                 values += [point[1] for point in points]
-        _leave_out_the_first_epochs(axes, values)
+        if name != "loss":
+            _leave_out_the_first_epochs(axes, values)
         if best := best_epoch(history):
             axes.axvline(best, color=MUTED, linewidth=1, linestyle=":", label=f"kept: epoch {best}")
-        axes.set(xlabel="epoch", ylabel="nats per record")
+        axes.set(xlabel="epoch", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if values:
-            axes.legend(loc="lower right")
+            axes.legend(loc="best")
         return figure
 
 
 def best_epoch(history: list[dict]) -> int | None:
-    """The epoch with the best imputation objective on the tune split: the one that training keeps."""
-    scored = [epoch for epoch in history if epoch.get("tune_impute") is not None]
-    return int(max(scored, key=lambda epoch: epoch["tune_impute"])["epoch"]) if scored else None
+    """The epoch with the lowest error on hidden values of the tune split: the one that training keeps."""
+    scored = [epoch for epoch in history if epoch.get("tune_loss") is not None]
+    return int(min(scored, key=lambda epoch: epoch["tune_loss"])["epoch"]) if scored else None
 
 
 def _leave_out_the_first_epochs(axes: Axes, values: list[float]) -> None:

@@ -46,12 +46,12 @@ class _Drawing:
     def __init__(self):
         self.drawn = 0
 
-    def training(self, history: list[dict], name: str, title: str) -> Markup:
+    def training(self, history: list[dict], name: str, title: str, unit: str = "nats per record") -> Markup:
         from mmimpute.report import figures
 
         last = history[-1]
         end = f"{decimal(last.get(name))} training, {decimal(last.get('tune_' + name))} tune"
-        return self._svg(figures.training(history, name, title), f"{title} over {len(history)} epochs; last epoch: {end}")
+        return self._svg(figures.training(history, name, title, unit), f"{title} over {len(history)} epochs; last epoch: {end}")
 
     def skill(self, scores: list[dict], title: str) -> Markup:
         from mmimpute.report import figures

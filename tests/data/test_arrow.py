@@ -101,10 +101,8 @@ def check_row(modality: Modality, enriched: pa.Table, row: int, cells: list) -> 
         if not any(missing):
             assert imputed is None and std is None and draws is None
             continue
-        if modality.layout == "list":
-            pairs = zip(values or [None] * width, imputed, std, strict=True)
-        else:
-            pairs = [(values[at], imputed, std)]
+        scalar = [(values[at], imputed, std)] if modality.layout == "scalars" else None
+        pairs = scalar or zip(values or [None] * width, imputed, std, strict=True)
         for observed, completed, spread in pairs:
             assert spread == (0.5 if observed is None else 0)
             assert observed is None or same(completed, observed)
@@ -117,7 +115,11 @@ def table_of(**columns) -> pa.Table:
 
 def schema_of(table: pa.Table, kind: str = "auto", levels=(), width: int = 2) -> CohortSchema:
     levels = {"f0" if "x" in table.column_names else "v": levels} if levels else {}
-    modality = ModalitySpec(column="x", kinds=kind, levels=levels) if "x" in table.column_names else ModalitySpec(prefix="s__", kinds=kind, levels=levels)
+    modality = (
+        ModalitySpec(column="x", kinds=kind, levels=levels)
+        if "x" in table.column_names
+        else ModalitySpec(prefix="s__", kinds=kind, levels=levels)
+    )
     return draft_schema(CohortSpec(modalities={"m": modality}), table.schema, {"x": width})
 
 
@@ -182,9 +184,19 @@ def test_tensor_columns_are_lists():
 
 
 def test_synthetic_values_take_the_cohorts_types():
-    features = (Feature(name="v", kind="real"), Feature(name="o", kind="ordinal", levels=(10.0, 20.0)), Feature(name="t", kind="categorical", levels=LEVELS))
+    features = (
+        Feature(name="v", kind="real"),
+        Feature(name="o", kind="ordinal", levels=(10.0, 20.0)),
+        Feature(name="t", kind="categorical", levels=LEVELS),
+    )
     modality = Modality(
-        name="m", layout="scalars", columns=("m__v", "m__o", "m__t"), types=("int8", "double", "string"), features=features, impute=True, hide=0.5
+        name="m",
+        layout="scalars",
+        columns=("m__v", "m__o", "m__t"),
+        types=("int8", "double", "string"),
+        features=features,
+        impute=True,
+        hide=0.5,
     )
     columns = in_columns(modality, np.array([[300.4, 1, 2], [-1.6, 0, 0]]))
     assert [c.to_pylist() for c in columns.values()] == [[127, -2], [20.0, 10.0], ["high", "low"]]

@@ -1,5 +1,7 @@
 """Profiles: exact, mergeable in any order, and silent about small groups."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -25,7 +27,7 @@ def test_merged_statistics_are_those_of_the_whole(cuts, training_only):
     table = linear_cohort(600)
     schema = schema_of(table)
     bounds = [0, *cuts, 600]
-    parts = [observe(table.slice(a, b - a), schema, "s", 1.0, training_only) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [observe(table.slice(a, b - a), schema, "s", 1.0, training_only) for a, b in pairwise(bounds)]
     found = parts[-1]
     for part in parts[:-1]:
         found = merge(found, part)
@@ -55,7 +57,15 @@ def test_kinds_are_settled():
     schema = draft_schema(CohortSpec(modalities={"m": ModalitySpec(prefix="m__")}), table.schema, {})
     settled, _ = settle(schema, observe(table, schema, "s", 1.0, False))
     kinds = {f.name: f.kind for f in settled.modalities[0].features}
-    assert kinds == {"real": "real", "binary": "binary", "bool": "binary", "scale": "ordinal", "count": "count", "age": "real", "text": "categorical"}
+    assert kinds == {
+        "real": "real",
+        "binary": "binary",
+        "bool": "binary",
+        "scale": "ordinal",
+        "count": "count",
+        "age": "real",
+        "text": "categorical",
+    }
     levels = {f.name: f.levels for f in settled.modalities[0].features if f.levels}
     assert levels == {"scale": tuple(map(float, range(11))), "text": ("x", "y")}
 

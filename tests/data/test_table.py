@@ -1,5 +1,7 @@
 """The enriched table: keys that follow from the input, commits that are atomic and repeatable."""
 
+import json
+
 import duckdb
 import polars
 import pyarrow as pa
@@ -13,7 +15,7 @@ from tests.conftest import write_table
 
 def put(url: str, name: str, etag: str, rows: pa.Table, model: str = "m") -> str:
     key = table.output_key(Shard(name, etag, 1), model, "s")
-    counts = '{"rows": %d, "from_prior": 1, "imputed": {"labs": {"rows": 1, "values": 2}}}' % len(rows)
+    counts = json.dumps({"rows": len(rows), "from_prior": 1, "imputed": {"labs": {"rows": 1, "values": 2}}})
     write_table(url, key, rows.replace_schema_metadata({table.COUNTS: counts}))
     return key
 
@@ -74,7 +76,9 @@ def test_readers_of_the_field_read_it(tmp_path):
 
 
 def test_unsigned_and_dictionary_columns_have_a_delta_type():
-    arrow = pa.schema([("u", pa.uint64()), ("d", pa.dictionary(pa.int8(), pa.string())), ("t", pa.timestamp("ns")), ("f", pa.list_(pa.uint8(), 2))])
+    arrow = pa.schema(
+        [("u", pa.uint64()), ("d", pa.dictionary(pa.int8(), pa.string())), ("t", pa.timestamp("ns")), ("f", pa.list_(pa.uint8(), 2))]
+    )
     found = {f.name: str(f.type) for f in table.delta_schema(arrow).fields}
     assert "decimal" in found["u"] and "string" in found["d"] and "timestamp" in found["t"] and "short" in found["f"]
 

@@ -6,8 +6,15 @@ from cohorts import MIXED, mixed_values, statistics
 from scipy import integrate, stats
 
 from mmimpute.model.config import ModalityConfig
-from mmimpute.model.likelihoods import (Likelihoods, bernoulli_log_prob, gaussian_log_prob, mean_absolute,
-                                        mixture_crps, negative_binomial_log_prob, ordinal_log_probs)
+from mmimpute.model.likelihoods import (
+    Likelihoods,
+    bernoulli_log_prob,
+    gaussian_log_prob,
+    mean_absolute,
+    mixture_crps,
+    negative_binomial_log_prob,
+    ordinal_log_probs,
+)
 from mmimpute.model.networks import Normal, kl, product
 from mmimpute.model.standardise import Standardise
 

@@ -1,0 +1,96 @@
+"""The command line: help that teaches, and mistakes told in one message with the right exit code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from mmimpute import cli
+from mmimpute.data import storage
+from tests.conftest import linear_cohort, write_cohort, write_table
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and all that was printed."""
+    monkeypatch.setattr(sys, "argv", ["mmimpute", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code or 0, "".join(capsys.readouterr())
+
+
+def commands(command=None, path=()) -> list[tuple[str, ...]]:
+    command = command or typer.main.get_command(cli.app)
+    inner = getattr(command, "commands", {})
+    return [p for name, c in inner.items() for p in commands(c, (*path, name))] if inner else [path]
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_every_help_has_an_example(path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, text = run(monkeypatch, capsys, *path, "--help")
+    assert code == 0
+    assert f"mmimpute {' '.join(path)}" in text.split("Example")[1]
+
+
+def test_all_commands_are_there():
+    found = {" ".join(p) for p in commands()}
+    assert {"describe", "fit", "impute", "generate", "evaluate", "run", "demo", "store start", "store stop", "store status"} <= found
+
+
+@pytest.fixture
+def folder(tmp_path, spec_file):
+    write_cohort(str(tmp_path / "shards"), rows=60, shards=2)
+    return tmp_path
+
+
+MISTAKES = {
+    "no spec": (["fit", "--spec", "{0}/none.toml", "--shards", "{0}/shards", "--model", "{0}/m"], "none.toml: no such file"),
+    "no shards": (["fit", "--spec", "{0}/cohort.toml", "--shards", "{0}/nothing", "--model", "{0}/m"], "there is no such folder"),
+    "no model": (["impute", "--model", "{0}/m", "--shards", "{0}/shards", "--output", "{0}/o"], "no model there"),
+    "no bucket": (["describe", "s3://never-made/x"], "there is no such bucket"),
+    "no run file": (["run", "{0}/none.toml"], "none.toml: no such file"),
+    "wrong scheme": (["describe", "gs://bucket/x"], "expected s3://bucket/prefix"),
+    "no option": (["fit", "--spec", "{0}/cohort.toml"], "Missing option"),
+    "no number": (["generate", "--model", "{0}/m", "--output", "{0}/o", "--n", "0"], "greater than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_exit_2_without_a_traceback(case, folder, endpoint, monkeypatch, capsys):
+    arguments, message = MISTAKES[case]
+    code, text = run(monkeypatch, capsys, *(a.format(folder) for a in arguments))
+    assert code == 2
+    assert message in " ".join(text.split()) and "Traceback" not in text
+
+
+def test_a_model_that_does_not_fit_exits_2(small_cohort, folder, monkeypatch, capsys):
+    write_table(str(folder / "other"), "a.parquet", linear_cohort(10).drop_columns(["rna"]))
+    arguments = ["impute", "--model", small_cohort[2], "--shards", str(folder / "other"), "--output", str(folder / "o")]
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "no shard fits the cohort" in text
+
+
+def test_endpoint_that_is_not_there(endpoint, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    code, text = run(monkeypatch, capsys, "describe", "s3://bucket/x")
+    assert code == 2 and "check endpoint and network" in text
+
+
+@pytest.mark.cluster
+def test_bad_shards_exit_3_and_good_ones_are_done(small_cohort, tmp_path, monkeypatch, capsys):
+    shards, _, model = small_cohort
+    for name in ("part-000.parquet", "part-001.parquet"):
+        storage.write(str(tmp_path / "shards"), name, storage.read(shards, name))
+    storage.write(str(tmp_path / "shards"), "x.parquet", b"PAR1 but no more")
+    arguments = ["impute", "--model", model, "--shards", str(tmp_path / "shards"), "--output", str(tmp_path / "o"), "--actors", "1"]
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 3 and "x.parquet" in text and "300 records imputed" in text
+    assert len(list((tmp_path / "o").glob("part-*.parquet"))) == 2
+
+
+def test_importing_the_command_line_is_light():
+    code = "import sys, mmimpute.cli; print([m for m in ('torch', 'ray', 'prefect', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,141 @@
+"""The population run as a Prefect flow: real Prefect (ephemeral and a server), real object store, Ray with two workers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmimpute import population, store
+from mmimpute.data import storage
+from mmimpute.data.table import table_state
+from mmimpute.spec import ClusterSettings, FitSettings, RunConfig, read_spec
+from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
+
+pytestmark = pytest.mark.cluster
+SETTINGS = "[fit]\nworkers = 2\nepochs = 3\nbatch_size = 64\n[cluster]\ncpus = 4\nactors = 2\n"
+
+
+@pytest.fixture(scope="module")
+def prefect_server(tmp_path_factory):
+    """A Prefect server of its own, on a free port. Yields its API's URL."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui"]
+    with open(home / "log", "wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    else:
+        pytest.fail((home / "log").read_text()[-2000:])
+    yield url
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def run(endpoint, tmp_path_factory):
+    """(config file, URL of the bucket's folder): a cohort of four good shards, and one bad inside."""
+    store.create_bucket(endpoint, "flow")
+    url, folder = "s3://flow/cohort", tmp_path_factory.mktemp("run")
+    write_cohort(f"{url}/shards", rows=800, shards=4)
+    bad = linear_cohort(30, seed=5, first=9000)
+    write_table(f"{url}/shards", "x-bad.parquet", bad.set_column(0, "subject_id", pa.array(["planted-id-4711"] * 30)))
+    (folder / "cohort.toml").write_text(SPEC)
+    config = folder / "run.toml"
+    places = "".join(f'{name} = "{url}/{name}"\n' for name in ("shards", "model", "output"))
+    config.write_text('title = "A cohort"\nspec = "cohort.toml"\n' + places + SETTINGS)
+    return config, url
+
+
+def run_cli(config: Path, home: Path, api: str | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PREFECT_HOME": str(home)} | ({"PREFECT_API_URL": api} if api else {})
+    command = [sys.executable, "-m", "mmimpute.cli", "run", str(config)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def artifacts(api: str) -> dict[str, dict]:
+    body = json.dumps({"limit": 50}).encode()
+    request = urllib.request.Request(f"{api}/artifacts/latest/filter", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return {a["key"]: a for a in json.load(answer)}
+
+
+@pytest.fixture(scope="module")
+def first(run, tmp_path_factory):
+    """The first run, on an ephemeral Prefect with nothing else started."""
+    return run_cli(run[0], tmp_path_factory.mktemp("ephemeral"))
+
+
+def test_the_flow_end_to_end(first, run):
+    _, url = run
+    assert first.returncode == 3, first.stderr[-3000:]
+    assert "Traceback" not in first.stdout + first.stderr
+    state = table_state(f"{url}/output")
+    enriched = pa.concat_tables(read_table(f"{url}/output", k) for k in sorted(state.keys))
+    given = pa.concat_tables(read_table(f"{url}/shards", f"part-00{i}.parquet") for i in range(4))
+    assert enriched.select(given.column_names).sort_by("subject_id").equals(given.sort_by("subject_id"))
+    record = population.last_record(f"{url}/output")
+    assert record["rows"] == 800 and [a["shard"] for a in record["shards"]["set_aside"]] == ["x-bad.parquet"]
+    assert list(record["evaluation"]["modalities"]) == ["labs", "rna", "dx"]
+    page = storage.read(*record["report_url"].rsplit("/", 1)).decode()
+    assert "<svg" in page and "x-bad.parquet" in page
+
+
+def test_no_identifier_leaves_the_data(first, run):
+    _, url = run
+    record = json.dumps(population.last_record(f"{url}/output"))
+    page = storage.read(*json.loads(record)["report_url"].rsplit("/", 1)).decode()
+    for text in (first.stdout, first.stderr, record, page):
+        assert "planted-id-4711" not in text
+        assert not any(f"s{i:06d}" in text for i in range(800))
+
+
+def test_a_second_run_on_a_server_finds_all_done(first, run, prefect_server, tmp_path):
+    config, url = run
+    before, model = table_state(f"{url}/output"), storage.read(f"{url}/model", "champion.json")
+    again = run_cli(config, tmp_path, prefect_server)
+    assert again.returncode == 3, again.stderr[-3000:]
+    assert table_state(f"{url}/output") == before
+    assert storage.read(f"{url}/model", "champion.json") == model
+    left = artifacts(prefect_server)
+    assert {"plan", "model", "accuracy", "commit", "report"} <= left.keys()
+    assert "planted-id-4711" not in json.dumps(left)
+    storage_keys = [o.key for o in storage.list_objects(f"{url}/output/_runs", ".html")]
+    assert len(storage_keys) == 1
+
+
+def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_path):
+    """The flow's own function, on a folder, with its tasks' functions in place of the tasks."""
+    from flows import population as flow
+
+    url = str(tmp_path)
+    write_cohort(f"{url}/shards", rows=200, shards=2, seed=8)
+    (tmp_path / "cohort.toml").write_text(SPEC)
+    fit, cluster = FitSettings(epochs=1, batch_size=64), ClusterSettings(cpus=2)
+    spec = read_spec(tmp_path / "cohort.toml")
+    config = RunConfig(spec=spec, shards=f"{url}/shards", model=f"{url}/model", output=f"{url}/output", fit=fit, cluster=cluster)
+    for name in ("plan", "fit", "evaluate", "impute", "commit", "report"):
+        monkeypatch.setattr(flow, name, getattr(flow, name).fn)
+    for name in ("create_table_artifact", "create_link_artifact", "update_progress_artifact"):
+        monkeypatch.setattr(flow, name, lambda *_, **__: None)
+    monkeypatch.setattr(flow, "create_progress_artifact", lambda *_, **__: None)
+    stages = flow.population_run.fn(config)
+    assert stages["plan"]["new"] == 2 and stages["impute"]["rows"] == 200 and stages["fit"]["trained"]
+    assert np.isfinite(list(stages["evaluate"]["skill"].values())).all()
+    assert flow.population_run.fn(config)["plan"]["new"] == 0
