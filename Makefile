@@ -16,7 +16,7 @@ test: $(READY)
 	.venv/bin/pytest
 
 test-fast: $(READY)
-	.venv/bin/pytest -m "not slow and not cluster"
+	.venv/bin/pytest -m "not slow and not services"
 
 test-all: $(READY)
 	.venv/bin/pytest -m "slow or not slow"

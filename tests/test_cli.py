@@ -78,7 +78,7 @@ def test_endpoint_that_is_not_there(endpoint, monkeypatch, capsys):
     assert code == 2 and "check endpoint and network" in text
 
 
-@pytest.mark.cluster
+@pytest.mark.services
 def test_bad_shards_exit_3_and_good_ones_are_done(small_cohort, tmp_path, monkeypatch, capsys):
     shards, _, model = small_cohort
     for name in ("part-000.parquet", "part-001.parquet"):

@@ -19,7 +19,7 @@ from mmimpute.data.table import table_state
 from mmimpute.spec import ClusterSettings, FitSettings, RunConfig, read_spec
 from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.services
 SETTINGS = "[fit]\nworkers = 2\nepochs = 3\nbatch_size = 64\n[cluster]\ncpus = 4\nactors = 2\n"
 
 

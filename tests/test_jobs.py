@@ -14,7 +14,7 @@ from mmimpute.errors import DataError, UserError
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
 from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.services
 CLUSTER = ClusterSettings(cpus=4, actors=2)
 FIT = FitSettings(epochs=8, batch_size=64, workers=2)
 
@@ -124,6 +124,14 @@ def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url)
     assert set(map(len, made["rna"].to_pylist())) == {6}
     jobs.generate_cohort(home, f"{bucket_url}/again", 700, 3, CLUSTER)
     assert read_table(f"{bucket_url}/again", "synthetic-3-00000.parquet").equals(made)
+
+
+def test_records_that_do_not_fit_into_memory_are_streamed(tmp_path, spec_file):
+    write_cohort(str(tmp_path / "shards"), rows=300, shards=2, seed=4)
+    found = planning.survey(str(tmp_path / "shards"), read_spec(spec_file))
+    settings = FitSettings(epochs=2, batch_size=32, workers=1, cache_share=0.0)
+    fitted = jobs.fit_model(found, str(tmp_path / "model"), settings, CLUSTER)
+    assert len(registry.read_record(fitted["model"], "history")) == 2
 
 
 def test_describe_drafts_a_spec_that_works(cohort, tmp_path):

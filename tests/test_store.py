@@ -19,6 +19,8 @@ from obstore.store import S3Store
 from mmimpute import store
 from mmimpute.errors import UserError
 
+pytestmark = pytest.mark.services
+
 
 def bucket(endpoint: store.Endpoint, name: str = "cohorts", **changes) -> S3Store:
     settings = {"access_key_id": endpoint.access_key, "secret_access_key": endpoint.secret_key, **changes}

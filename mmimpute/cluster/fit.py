@@ -33,11 +33,13 @@ from mmimpute.model.config import ModelConfig
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
-from mmimpute.training import Batch, OptimiserSettings, Schedule, Training, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, schedule, summarise
 
 STATE = "state.pt"
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 TUNE_BATCH = 1024
+TUNE_BYTES = 64 << 20  # a larger tune split is judged on its first part
+SHUFFLED_BATCHES = 16  # held for shuffling while streaming
 MOST_THREADS = 4  # of a CPU worker
 RESTARTS = 3  # of the workers, after a crash
 Progress = Callable[[dict], None]
@@ -156,43 +158,46 @@ def _forwarded(queue: Queue, on_epoch: Progress):
     return Forwarded()
 
 
-class RankRecords:
-    """This rank's training records: in memory where they fit into `limit` bytes, else streamed anew every epoch.
+def load(shard: ray.data.DataIterator, limit: float) -> tuple[torch.Tensor, bool]:
+    """This rank's records up to `limit` bytes, and whether those are all.
 
-    In memory they are in the order of their hash, so that an epoch does not depend on the order in which they came.
+    In the order of their hash, so that nothing depends on the order in which they came.
     """
+    pieces, places, size, whole = [], [], 0, True
+    for batch in shard.iter_batches(batch_format="numpy", batch_size=None):
+        if pieces and size + batch["x"].nbytes > limit:
+            whole = False
+            break
+        pieces.append(batch["x"])
+        places.append(batch["place"])
+        size += batch["x"].nbytes
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return torch.from_numpy(np.concatenate(pieces)[order]), whole
+
+
+class RankRecords:
+    """This rank's training records: in memory where they fit into `limit` bytes, else streamed anew every epoch."""
 
     def __init__(self, shard: ray.data.DataIterator, device: torch.device, limit: float):
-        self.shard, self.device, self.limit = shard, device, limit
-        self.x_ND = self._load()
-
-    def _load(self) -> torch.Tensor | None:
-        pieces, places, size = [], [], 0
-        for batch in self.shard.iter_batches(batch_format="numpy", batch_size=None):
-            pieces.append(batch["x"])
-            places.append(batch["place"])
-            size += batch["x"].nbytes
-            if size > self.limit:
-                return None
-        order = np.argsort(np.concatenate(places), kind="stable")
-        return torch.from_numpy(np.concatenate(pieces)[order]).to(self.device)
+        self.shard, self.device = shard, device
+        x_ND, whole = load(shard, limit)
+        self.x_ND = x_ND if whole else None
 
     def epoch(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
         """`steps` shuffled batches of `size` records."""
-        generator = torch.Generator().manual_seed(seed)
         if self.x_ND is None:
             yield from self._stream(seed, size, steps)
             return
-        order = torch.randperm(len(self.x_ND), generator=generator).to(self.device)
+        order = torch.randperm(len(self.x_ND), generator=torch.Generator().manual_seed(seed))
         while len(order) < steps * size:  # a rank may hold a few records fewer than planned
             order = torch.cat([order, order])
         for step in range(steps):
-            yield self.x_ND[order[step * size : (step + 1) * size]]
+            yield self.x_ND[order[step * size : (step + 1) * size]].to(self.device)
 
     def _stream(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
         left = steps
+        options = {"batch_size": size, "local_shuffle_buffer_size": SHUFFLED_BATCHES * size, "local_shuffle_seed": seed}
         while left:
-            options = {"batch_size": size, "drop_last": True, "local_shuffle_buffer_size": 16 * size, "local_shuffle_seed": seed}
             for batch in self.shard.iter_torch_batches(**options):
                 yield batch["x"].to(self.device)
                 left -= 1
@@ -211,7 +216,7 @@ def train_loop(loop: dict[str, Any]) -> None:
     device = training.device
     share = loop["cache_share"] * psutil.virtual_memory().total / context.get_local_world_size()
     data = RankRecords(train.get_dataset_shard("train"), device, share)
-    tune = RankRecords(train.get_dataset_shard("tune"), device, share)
+    tune = load(train.get_dataset_shard("tune"), TUNE_BYTES)[0].to(device)
     reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None)
     if best["stopped"]:
         reporter.report({}, last=True)
@@ -219,7 +224,7 @@ def train_loop(loop: dict[str, Any]) -> None:
         epoch, began = len(best["history"]), time.perf_counter()
         seed = loop["settings"]["seed"] * 100_003 + epoch
         steps = [training.step(*split(x, loop["widths"])) for x in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
-        tuned = summarise(_all_reduce(training.tune(_batches(tune, loop["widths"])), device))
+        tuned = summarise(_all_reduce(training.tune(split(x, loop["widths"]) for x in tune.split(TUNE_BATCH)), device))
         seconds = time.perf_counter() - began
         rows = plan.steps_per_epoch * plan.batch * context.get_world_size()
         record = {"epoch": epoch + 1, "epochs": plan.epochs, "seconds": seconds, "rows_per_second": rows / seconds}
@@ -237,16 +242,6 @@ def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[
     settings = OptimiserSettings(**loop["settings"])
     training = Training(model, settings, plan.total_steps, lambda m: prepare_model(m, move_to_device=False), rank)
     return training, plan, {"loss": math.inf, "epoch": 0, "weights": {}, "history": [], "stopped": False}
-
-
-def _batches(tune: RankRecords, widths: list[int]) -> Iterator[Batch]:
-    """A tune split that does not fit into memory is judged on its first part."""
-    if tune.x_ND is None:
-        for x in tune.epoch(0, TUNE_BATCH, 64):
-            yield split(x, widths)
-        return
-    for x in tune.x_ND.split(TUNE_BATCH):
-        yield split(x, widths)
 
 
 def _all_reduce(sums: dict[str, float], device: torch.device) -> dict[str, float]:
