@@ -1,8 +1,5 @@
 """The command line: it parses, calls one job, and shows what came of it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -182,34 +179,14 @@ def run(config: Annotated[Path, typer.Argument(help="the run's configuration, a 
 
     The file: title, spec (a path or a table), shards, model, output, and optional tables \\[fit], \\[impute], \\[cluster].
     """
+    from mmimpute import launch
     from mmimpute.spec import read_config
 
     output = read_config(config).output  # mistakes are told before Prefect starts
-    code = run_flow(config)
+    code = launch.run_flow(config)
     if code in (0, 3):
-        show_run(output)
+        launch.show_run(output)
     raise typer.Exit(code)
-
-
-def run_flow(config: Path) -> int:
-    """The flow stands above the command line, so it is executed, not imported. Returns its exit code."""
-    quiet = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}  # Prefect would print a user's mistake as a traceback
-    return subprocess.run([sys.executable, "-m", "flows.population", str(config)], env=quiet | os.environ, check=False).returncode
-
-
-def show_run(output: str) -> None:
-    """What the run that made the table's newest version did, and where everything is."""
-    from mmimpute.population import last_record
-
-    record = last_record(output)
-    if record is None:
-        return
-    console.print(accuracy_table(record["evaluation"]))
-    if record["shards"]["set_aside"]:
-        console.print(set_aside_table(record["shards"]["set_aside"]))
-    console.print(f"enriched table  {escape(record['table_url'])}  (Delta Lake, version {record['table_version']})")
-    console.print(f"model           {escape(record['model_url'])}")
-    console.print(f"report          {escape(record['report_url'])}")
 
 
 @app.command()

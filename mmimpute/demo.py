@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from mmimpute import store
-from mmimpute.cli import run_flow, show_run
 from mmimpute.console import console
 from mmimpute.data import storage
 from mmimpute.data.table import table_state
+from mmimpute.launch import run_flow, show_run
 from mmimpute.population import last_record
 from mmimpute.spec import read_spec
 

@@ -32,3 +32,16 @@ class DataError(MmimputeError):
 
     def __reduce__(self):
         return type(self), (self.shard, self.column, self.found, self.expected, self.action)
+
+
+class SetAside(MmimputeError):
+    """Shards were set aside, shard -> why; the others are published."""
+
+    exit_code = 3
+
+    def __init__(self, aside: dict[str, str]):
+        self.aside = aside
+        super().__init__(f"{len(aside)} shards set aside, the others are published:\n" + "\n".join(aside.values()))
+
+    def __reduce__(self):
+        return type(self), (self.aside,)

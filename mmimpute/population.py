@@ -15,7 +15,7 @@ import mmimpute
 from mmimpute import jobs, planning, registry
 from mmimpute.data import storage
 from mmimpute.data.table import digest, published, table_state
-from mmimpute.errors import DataError
+from mmimpute.errors import SetAside
 from mmimpute.jobs import Progress, ignore
 from mmimpute.planning import Survey
 from mmimpute.spec import RunConfig
@@ -126,20 +126,9 @@ def set_aside(stages: dict[str, Record]) -> dict[str, str]:
 
 
 def raise_if_set_aside(aside: dict[str, str]) -> None:
-    """Good shards are published by now; the run as a whole still has to be seen as failed."""
+    """Good shards are published by now; the run as a whole still has to be seen as failed. Raises SetAside."""
     if aside:
         raise SetAside(aside)
-
-
-class SetAside(DataError):
-    """Shards were set aside; the others are published."""
-
-    def __init__(self, aside: dict[str, str]):
-        self.aside = aside
-        Exception.__init__(self, f"{len(aside)} shards set aside, the others are published:\n" + "\n".join(aside.values()))
-
-    def __reduce__(self):
-        return type(self), (self.aside,)
 
 
 def last_record(output: str) -> Record | None:

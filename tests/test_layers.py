@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 # From the top; a module may import from its own layer and those below.
 LAYERS = [
     ("flows",),
-    ("mmimpute.cli", "mmimpute.demo"),
+    ("mmimpute.cli",),
+    ("mmimpute.demo",),
+    ("mmimpute.launch",),
     ("mmimpute.population",),
     ("mmimpute.jobs",),
     ("mmimpute.cluster",),

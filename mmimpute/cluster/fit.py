@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,28 +135,26 @@ def _ordered() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(preserve_order=True)
 
 
-def _forwarded(queue: Queue, on_epoch: Progress):
+@contextmanager
+def _forwarded(queue: Queue, on_epoch: Progress) -> Iterator[None]:
     """Passes what the workers put into the queue on to a callback, in a thread, while the driver waits."""
+    done = threading.Event()
 
-    class Forwarded:
-        def __enter__(self):
-            self.done = threading.Event()
-            self.thread = threading.Thread(target=self.run, daemon=True)
-            self.thread.start()
+    def forward() -> None:
+        while not done.is_set() or not queue.empty():
+            try:
+                on_epoch(queue.get(timeout=0.5))
+            except Empty:
+                continue
 
-        def run(self):
-            while not self.done.is_set() or not queue.empty():
-                try:
-                    on_epoch(queue.get(timeout=0.5))
-                except Empty:
-                    continue
-
-        def __exit__(self, *exc):
-            self.done.set()
-            self.thread.join(timeout=10)
-            queue.shutdown()
-
-    return Forwarded()
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+        queue.shutdown()
 
 
 def load(shard: ray.data.DataIterator, limit: float) -> tuple[torch.Tensor, bool]:
