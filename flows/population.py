@@ -24,7 +24,7 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
 
 from mmimpute import population
-from mmimpute.console import report_errors, watch
+from mmimpute.console import console, report_errors, watch
 from mmimpute.errors import MmimputeError
 from mmimpute.spec import RunConfig, read_config
 
@@ -110,6 +110,7 @@ def population_run(config: RunConfig) -> Record:
 
     def stage(name: str, run: Callable[..., Record], *arguments) -> Record:
         began = time.perf_counter()
+        console.print(f"{name} ...")
         stages[name] = run(config, *arguments)
         seconds[name] = time.perf_counter() - began
         return stages[name]

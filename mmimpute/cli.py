@@ -22,7 +22,7 @@ Output = Annotated[str, typer.Option(help="URL to write to")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
 StoreFolder = Annotated[Path, typer.Option(help="where the store keeps its data, credentials and log")]
 DEFAULT_HOME = Path(".mmimpute")
-MOST_FEATURES = 40  # shown of a modality
+MOST_FEATURES = 12  # shown of a modality
 
 
 @app.callback(invoke_without_command=True)

@@ -13,6 +13,7 @@ from mmimpute.population import last_record
 
 def run_flow(config: Path) -> int:
     """Returns the flow's exit code. The flow stands above the command line, so it is executed, not imported."""
+    console.print("starting Prefect ...")
     quiet = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}  # Prefect would print a user's mistake as a traceback
     return subprocess.run([sys.executable, "-m", "flows.population", str(config)], env=quiet | os.environ, check=False).returncode
 
