@@ -73,6 +73,11 @@ class ModelConfig:
             raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
 
     @classmethod
+    def for_rows(cls, modalities: tuple[ModalityConfig, ...], rows: int, **sizes: Any) -> "ModelConfig":
+        """The default for a number of training rows: a small cohort leans on the generative model and on dropout."""
+        return cls(modalities, **({"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}) | sizes)
+
+    @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of dataclasses.asdict, also after a trip through JSON."""
         _check_keys(cls, found)

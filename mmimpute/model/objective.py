@@ -22,7 +22,10 @@ stopping saw (one seed, a difference under 0.004 is noise; a masked 256-256 net:
                 before the last two: decoders of 256 instead of 128   .236, of 128   .236
     tcga 0.0:   wide modalities' codes as they are   .118     scaled by sqrt(64 / width)   .139     (lr 2e-3)
                                                      .143                                  .135     (lr 1e-3, 60 epochs)
-    eicu 0.0:   elbo_weight 0.03, dropout 0.2   .090     dropout 0.3   .090     dropout 0.3, elbo_weight 0.1   .089
+    small cohorts (16 nodes), skill and mean cover90:   eicu 0.0      eicu 0.5      tcga 0.0      tcga 0.5
+                dropout 0.2, elbo_weight 0.03           -             .015 (.87)    -             .042 (.85)
+                dropout 0.3, elbo_weight 0.1            .089 (.88)    .018 (.89)    .133 (.89)    .054 (.85)
+                dropout 0.4, elbo_weight 0.3            .089 (.90)    .029 (.89)    .132 (.89)    .066 (.88)
     latent draws in the score (an earlier recipe, nhanes 0.5): 2   .132     6   .144     12   .145
 
 A larger elbo_weight makes joint draws and `generate` truer: on the linear-Gaussian cohort the largest error of a
