@@ -89,7 +89,7 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
-        job = training.Job(fitted_on, found.url, good, schema, model_config(schema, settings), statistics, rows, settings)
+        job = training.Job(fitted_on, found.url, good, schema, model_config(schema, rows, settings), statistics, rows, settings)
         fitted = training.fit(job, home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = f"{home.rstrip('/')}/{name}"
@@ -101,13 +101,13 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
     return {"digest": name, "model": registry.locate(home), "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
 
 
-def model_config(schema: CohortSchema, settings: FitSettings) -> ModelConfig:
-    """The model's sizes and kinds, from the settled schema."""
+def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> ModelConfig:
+    """The model's sizes and kinds, from the settled schema and the number of training records."""
     modalities = tuple(
         ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide)
         for m in schema.modalities
     )
-    return ModelConfig(modalities, **({"shared": settings.z0} if settings.z0 else {}))
+    return ModelConfig.for_rows(modalities, rows, **({"shared": settings.z0} if settings.z0 else {}))
 
 
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:

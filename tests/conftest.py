@@ -119,7 +119,7 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     schema, total = profile.settle(found.schema, total)
     torch.manual_seed(0)
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, total).items()}
-    module = MultiModalVAE(jobs.model_config(schema, FitSettings()), statistics)
+    module = MultiModalVAE(jobs.model_config(schema, 600, FitSettings()), statistics)
     name = registry.save(home, module.eval(), schema, "untrained")
     registry.promote(home, name)
     return storage.join(home, name)

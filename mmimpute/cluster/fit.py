@@ -110,7 +110,7 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "statistics": job.statistics,
         "plan": asdict(plan),
         "settings": asdict(OptimiserSettings(seed=job.settings.seed)),
-        "patience": job.settings.patience,
+        "patience": job.settings.patience or plan.patience,
         "cache_share": job.settings.cache_share,
         "widths": [len(m.features) for m in job.schema.modalities],
     }

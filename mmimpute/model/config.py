@@ -56,13 +56,13 @@ class ModelConfig:
     shared: int = 64            # size of z0
     hidden: int = 256           # width of the trunk of q(z0 | x)
     decoder: int = 128          # width of the private encoders and decoders
-    dropout: float = 0.3
+    dropout: float = 0.2        # of the trunk; the decoders have the noise of their latents
     piecewise_limit: int = 64   # modalities up to this width get the piecewise-linear encoding
-    elbo_weight: float = 0.1    # weight of L_elbo in the objective, L_impute's being 1
+    elbo_weight: float = 0.03   # weight of L_elbo in the objective, L_impute's being 1
     impute_draws: int = 8       # latent draws per record in L_impute, in antithetic pairs
     hide_one: float = 0.8       # probability that exactly one modality is hidden
-    drop_values: float = 0.5    # share of training records of which the encoders see only a part of the values
-    pair_weight: float = 0.25   # weight of the score of pairs of features, which trains their dependence
+    drop_values: float = 0.15   # share of training records of which the encoders see only a part of the values
+    pair_weight: float = 0.1    # weight of the score of pairs of features, which trains their dependence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", tuple(self.modalities))
@@ -71,6 +71,11 @@ class ModelConfig:
             raise ValueError(f"expected at least one modality, with different names; found {names}")
         if self.impute_draws < 4 or self.impute_draws % 2:
             raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+
+    @classmethod
+    def for_rows(cls, modalities: tuple[ModalityConfig, ...], rows: int, **sizes: Any) -> "ModelConfig":
+        """The default for a number of training rows: a small cohort leans on the generative model and on dropout."""
+        return cls(modalities, **({"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}) | sizes)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "ModelConfig":

@@ -50,18 +50,19 @@ def mean_absolute(centre: Tensor, sd: Tensor) -> Tensor:
     return centre * torch.erf(ratio / math.sqrt(2)) + sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * ratio.square())
 
 
-def mixture_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
-    """Unbiased CRPS of the full mixture from S of its components, in closed form for each pair of them.
+def moment_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
+    """CRPS of the Gaussian with the mixture's mean and variance, which is what `moments` reports.
 
-    The components come from antithetic latents: the second half of the draws mirrors the first. A draw is set
-    against all others but its own mirror image, which is not independent of it.
+    The components come from antithetic latents: the second half of the draws mirrors the first. What is odd in the
+    latents then cancels from the mean, and its share of the variance is the mean of its squares.
     """
-    half = mean_S.shape[0] // 2
-    spread = torch.zeros_like(x)
-    for shift in range(1, half):
-        other_mean, other_sd = mean_S.roll(shift, 0), sd_S.roll(shift, 0)
-        spread = spread + mean_absolute(mean_S - other_mean, torch.hypot(sd_S, other_sd)).mean(0)
-    return mean_absolute(x - mean_S, sd_S).mean(0) - 0.5 * spread / (half - 1)
+    first, second = mean_S.chunk(2)
+    even, odd = 0.5 * (first + second), 0.5 * (first - second)
+    mean = even.mean(0)
+    around = (even - mean).square().sum(0) / (even.shape[0] - 1)
+    variance = sd_S.square().mean(0) + odd.square().mean(0) + around
+    sd = variance.clamp_min(1e-8).sqrt()
+    return mean_absolute(x - mean, sd) - MARGINAL_CRPS * sd
 
 
 class Likelihoods(nn.Module):
@@ -160,12 +161,12 @@ class Likelihoods(nn.Module):
         return self._join(parts)
 
     def score(self, heads: Heads, target_BD: Tensor, log_prob_SBD: Tensor) -> Tensor:
-        """Proper score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of real
-        features, minus the log of the mixture's probability of the others."""
+        """Score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of its mean and
+        standard deviation for real features, minus the log of its probability for the others."""
         score_BD = math.log(log_prob_SBD.shape[0]) - log_prob_SBD.logsumexp(0)
         if "real" in heads:
             mean_S, sd_S = heads["real"][..., 0], heads["real"][..., 1].exp()
-            crps_BF = mixture_crps(self._of_kind(target_BD, "real"), mean_S, sd_S)
+            crps_BF = moment_crps(self._of_kind(target_BD, "real"), mean_S, sd_S)
             score_BD = crps_BF if len(self.kinds) == 1 else score_BD.index_copy(-1, self.real_F, crps_BF)
         return score_BD / self.marginal_score_D
 
@@ -187,7 +188,7 @@ class Likelihoods(nn.Module):
         seen_BF = torch.logical_and(*paired(self._of_kind(seen_BD, "real")))
         mean_first, mean_second = paired(heads["real"][..., 0])
         sd_SBF = torch.hypot(*paired(heads["real"][..., 1].exp()))
-        crps_BF = mixture_crps(first + sign_F * second, mean_first + sign_F * mean_second, sd_SBF)
+        crps_BF = moment_crps(first + sign_F * second, mean_first + sign_F * mean_second, sd_SBF)
         scale = math.sqrt(2) * MARGINAL_CRPS
         return (crps_BF * seen_BF).sum(1) / seen_BF.sum(1).clamp_min(1) / scale
 

@@ -2,6 +2,7 @@
 
 Shape suffixes: B records (any leading shape), K modalities, D features, C code columns, L latent, F some features.
 """
+import math
 from typing import NamedTuple, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.model.standardise import Standardise
 
+WIDE = 64    # the code of a modality of more features is scaled down
+CERTAIN = 3.0   # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
 CLIP = 5.0   # standardised inputs beyond this say nothing more to the encoders
 
 
@@ -38,6 +41,12 @@ def product(prior: Normal, mean: Tensor, precision: Tensor) -> Normal:
     return Normal(prior.mean + weight * (mean - prior.mean), prior.var * (1 - weight))
 
 
+def keep_scale(layer: nn.Linear) -> None:
+    """Weights that keep the scale of what comes out of a SiLU; torch's default shrinks it at every layer."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+
+
 class Code(nn.Module):
     """A modality's values as network inputs: 0 wherever nothing is observed."""
 
@@ -50,6 +59,8 @@ class Code(nn.Module):
         for name, index in (("numeric_F", numeric), ("curved_F", curved), ("categorical_F", categorical)):
             self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
         self.width = len(numeric) + 8 * len(curved) + self.levels * len(categorical) + config.width
+        # Adam moves each weight alike, so a wide modality's sum would move too far at every step.
+        self.scale = min(1.0, math.sqrt(WIDE / config.width))
 
     def forward(self, z_BD: Tensor, x_BD: Tensor, observed_BD: Tensor, knots_DO: Tensor) -> Tensor:
         """Standardised and original values, both 0 where unobserved -> code (B, C)."""
@@ -65,7 +76,7 @@ class Code(nn.Module):
             parts.append((fn.one_hot(level, self.levels) * seen_BD[:, self.categorical_F, None]).flatten(1))
         # Holes: values missing inside a modality that is there. A modality that is absent as a whole is told by a flag.
         parts.append(observed_BD.any(-1, keepdim=True) * (1 - seen_BD))
-        return torch.cat(parts, -1)
+        return self.scale * torch.cat(parts, -1)
 
 
 class SharedEncoder(nn.Module):
@@ -77,6 +88,15 @@ class SharedEncoder(nn.Module):
             nn.Linear(width + len(config.modalities), config.hidden), nn.SiLU(), nn.Dropout(config.dropout),
             nn.Linear(config.hidden, config.hidden), nn.SiLU(), nn.Dropout(config.dropout),
             nn.Linear(config.hidden, 2 * config.shared))
+        self._start(config.shared)
+
+    def _start(self, shared: int) -> None:
+        """z0's means spread widely over records, and are certain: a bottleneck that lets pass from the first step."""
+        hidden, last = self.trunk[3], self.trunk[6]
+        keep_scale(hidden)
+        keep_scale(last)
+        nn.init.normal_(last.weight[shared:], std=0.01)
+        nn.init.constant_(last.bias[shared:], CERTAIN)
 
     def forward(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
         flags_BK = present_BK.to(codes[0].dtype)
@@ -97,8 +117,9 @@ class Private(nn.Module):
         self.from_code, self.from_shared = nn.Linear(code, width), nn.Linear(config.shared, width, bias=False)
         self.expert = nn.Linear(width, 2 * own)
         latent = config.shared + own
-        self.decoder = nn.Sequential(nn.Linear(latent, width), nn.SiLU(), nn.Dropout(config.dropout),
-                                     nn.Linear(width, width), nn.SiLU(), nn.Dropout(config.dropout))
+        self.decoder = nn.Sequential(nn.Linear(latent, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        keep_scale(self.decoder[0])
+        keep_scale(self.decoder[2])
         self.curved = nn.Linear(width, outputs)
         self.linear = nn.Linear(latent, outputs, bias=False)
         nn.init.zeros_(self.curved.weight)

@@ -173,7 +173,7 @@ class MultiModalVAE(nn.Module):
         return self.likelihoods[j].heads(private.decode(z0_SBL, posterior.sample(noise)))
 
     @torch.no_grad()
-    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 32,
+    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 16,
                 only_missing: bool = False) -> Predictive:
         """Mean and standard deviation of every entry given what is observed.
 

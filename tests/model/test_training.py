@@ -3,8 +3,9 @@ import copy
 
 import pytest
 import torch
-from cohorts import masks, mixed_model, mixed_values
+from cohorts import CONFIG, masks, mixed_model, mixed_values
 
+from mmimpute.model import ModelConfig
 from mmimpute.training import OptimiserSettings, Training, fit_in_memory, in_batches, schedule, summarise
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
@@ -73,6 +74,12 @@ def test_sizes_follow_the_number_of_rows():
     assert all(s.total_steps >= 1 for s in sizes)
     assert all(s.steps_per_epoch == max(1, n // s.batch)
                for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000)))
+
+
+def test_small_cohorts_lean_on_the_generative_model():
+    small, large = (ModelConfig.for_rows(CONFIG.modalities, rows, shared=8) for rows in (700, 6_500))
+    assert small.elbo_weight > large.elbo_weight and small.dropout > large.dropout and small.shared == 8
+    assert large == ModelConfig(CONFIG.modalities, shared=8)
 
 
 def test_fit_keeps_the_best_average():
