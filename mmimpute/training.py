@@ -2,6 +2,7 @@
 
 Every step draws its randomness from (seed, step, rank) alone, so a resumed run continues exactly.
 """
+
 import copy
 import math
 from collections import defaultdict
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mmimpute.model.objective import LossTerms
 from mmimpute.model.vae import MultiModalVAE
 
-Batch = tuple[Sequence[Tensor], Sequence[Tensor]]   # values in original units, masks of what is observed
+Batch = tuple[Sequence[Tensor], Sequence[Tensor]]  # values in original units, masks of what is observed
 TUNE_SEED = 7
 
 
@@ -27,10 +28,10 @@ class OptimiserSettings:
     lr: float = 1e-3
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0           # largest gradient norm
-    ema: float = 0.99           # decay of the weight average per step
-    warmup: float = 0.05        # share of the steps in which the rate rises
-    elbo_warmup: float = 0.3    # share of the steps in which the weight of L_elbo rises
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.99  # decay of the weight average per step
+    warmup: float = 0.05  # share of the steps in which the rate rises
+    elbo_warmup: float = 0.3  # share of the steps in which the weight of L_elbo rises
     seed: int = 0
 
 
@@ -71,9 +72,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 class Training:
     """One rank's model, optimiser, schedule and weight average."""
 
-    def __init__(self, model: MultiModalVAE, settings: OptimiserSettings, total_steps: int,
-                 wrap: Callable[[nn.Module], nn.Module] = lambda m: m, rank: int = 0) -> None:
-        self.module = wrap(model)           # what steps run through: DDP in a cluster
+    def __init__(
+        self,
+        model: MultiModalVAE,
+        settings: OptimiserSettings,
+        total_steps: int,
+        wrap: Callable[[nn.Module], nn.Module] = lambda m: m,
+        rank: int = 0,
+    ) -> None:
+        self.module = wrap(model)  # what steps run through: DDP in a cluster
         self.model = getattr(self.module, "module", self.module)
         self.settings, self.total_steps, self.rank, self.done = settings, max(1, total_steps), rank, 0
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -84,8 +91,7 @@ class Training:
         """Weight decay is for matrices; biases and cut points are free."""
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         free = [p for p in self.model.parameters() if p.dim() <= 1]
-        return [{"params": decayed, "weight_decay": self.settings.weight_decay},
-                {"params": free, "weight_decay": 0.0}]
+        return [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
 
     def _rate(self, step: int) -> float:
         rise = max(1, round(self.settings.warmup * self.total_steps))
@@ -135,18 +141,27 @@ class Training:
 
     def _sums(self, terms: LossTerms) -> dict[str, float]:
         """Named sums and counts; one transfer from the device."""
-        columns = {"reconstruction": terms.reconstruction_BK, "private_kl": terms.private_kl_BK,
-                   "impute": terms.impute_BK, "score": terms.score_BK,
-                   "observed": terms.observed_BK, "hidden": terms.hidden_BK}
-        flat = torch.cat([terms.elbo_B.sum()[None], terms.shared_kl_B.sum()[None],
-                          *(c.sum(0) for c in columns.values())]).tolist()
+        columns = {
+            "reconstruction": terms.reconstruction_BK,
+            "private_kl": terms.private_kl_BK,
+            "impute": terms.impute_BK,
+            "score": terms.score_BK,
+            "observed": terms.observed_BK,
+            "hidden": terms.hidden_BK,
+        }
+        flat = torch.cat([terms.elbo_B.sum()[None], terms.shared_kl_B.sum()[None], *(c.sum(0) for c in columns.values())]).tolist()
         names = [m.name for m in self.model.config.modalities]
         keys = ["elbo", "shared_kl"] + [f"{n}.{c}" for c in columns for n in names]
-        return dict(zip(keys, flat)) | {"rows": float(len(terms.shared_kl_B))}
+        return dict(zip(keys, flat, strict=True)) | {"rows": float(len(terms.shared_kl_B))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "average": self.average.state_dict(), "done": self.done,
-                "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "done": self.done,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -165,11 +180,9 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     """
     rows = max(1.0, sums["rows"])
     names = [k.removesuffix(".hidden") for k in sums if k.endswith(".hidden")]
-    out = {"elbo": sums["elbo"] / rows, "impute": sum(sums[f"{n}.impute"] for n in names) / rows,
-           "shared_kl": sums["shared_kl"] / rows}
+    out = {"elbo": sums["elbo"] / rows, "impute": sum(sums[f"{n}.impute"] for n in names) / rows, "shared_kl": sums["shared_kl"] / rows}
     for n in names:
-        for term, count in (("reconstruction", "observed"), ("private_kl", "observed"),
-                            ("impute", "hidden"), ("score", "hidden")):
+        for term, count in (("reconstruction", "observed"), ("private_kl", "observed"), ("impute", "hidden"), ("score", "hidden")):
             if sums[f"{n}.{count}"]:
                 out[f"{n}.{term}"] = sums[f"{n}.{term}"] / sums[f"{n}.{count}"]
     scores = [out[f"{n}.score"] for n in names if f"{n}.score" in out]
@@ -184,8 +197,9 @@ class Fitted:
     history: list[dict[str, float]]
 
 
-def fit_in_memory(model: MultiModalVAE, train: Batch, tune: Batch, settings: OptimiserSettings = OptimiserSettings(),
-                  plan: Schedule | None = None) -> Fitted:
+def fit_in_memory(
+    model: MultiModalVAE, train: Batch, tune: Batch, settings: OptimiserSettings = OptimiserSettings(), plan: Schedule | None = None
+) -> Fitted:
     """The loop without a cluster, over tensors that fit in memory."""
     rows = train[0][0].shape[0]
     plan = plan or schedule(rows)
@@ -194,8 +208,7 @@ def fit_in_memory(model: MultiModalVAE, train: Batch, tune: Batch, settings: Opt
     best, best_loss, best_epoch, history = copy.deepcopy(training.average), math.inf, 0, []
     for epoch in range(plan.epochs):
         order = torch.randperm(rows, generator=shuffle)
-        steps = [training.step(*take(train, order[i * plan.batch:(i + 1) * plan.batch]))
-                 for i in range(plan.steps_per_epoch)]
+        steps = [training.step(*take(train, order[i * plan.batch : (i + 1) * plan.batch])) for i in range(plan.steps_per_epoch)]
         result = summarise(training.tune(in_batches(tune, 1024)))
         history.append({"epoch": epoch, "train_loss": sum(s["loss"] for s in steps) / len(steps)} | result)
         if result["loss"] < best_loss:

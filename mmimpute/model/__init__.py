@@ -1,7 +1,7 @@
 """The generative model: pure torch, no file access, no runner."""
+
 from mmimpute.model.config import KINDS, ModalityConfig, ModelConfig
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 from mmimpute.model.vae import LossTerms, MultiModalVAE, Predictive
 
-__all__ = ["KINDS", "FeatureStatistics", "LossTerms", "ModalityConfig", "ModelConfig", "MultiModalVAE",
-           "Predictive", "Standardise"]
+__all__ = ["KINDS", "FeatureStatistics", "LossTerms", "ModalityConfig", "ModelConfig", "MultiModalVAE", "Predictive", "Standardise"]

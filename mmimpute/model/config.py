@@ -1,8 +1,10 @@
 """What a model is made of: frozen, checked when it is built, written next to the weights as JSON."""
+
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
 
@@ -33,7 +35,7 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: unknown kinds {wrong}; valid kinds are {list(KINDS)}")
         if len(self.levels) != len(self.kinds):
             raise ValueError(f"modality {self.name!r}: {len(self.levels)} levels for {len(self.kinds)} features")
-        if any(n < 2 for n, k in zip(self.levels, self.kinds) if k in ("ordinal", "categorical")):
+        if any(n < 2 for n, k in zip(self.levels, self.kinds, strict=True) if k in ("ordinal", "categorical")):
             raise ValueError(f"modality {self.name!r}: ordinal and categorical features need at least 2 levels")
         if not 0 < self.hide <= 1:
             raise ValueError(f"modality {self.name!r}: hide is {self.hide}, expected a value in (0, 1]")
@@ -53,16 +55,16 @@ class ModelConfig:
     """Sizes and objective. The defaults were chosen on tune splits of three cohorts (see objective.py)."""
 
     modalities: tuple[ModalityConfig, ...]
-    shared: int = 64            # size of z0
-    hidden: int = 256           # width of the trunk of q(z0 | x)
-    decoder: int = 128          # width of the private encoders and decoders
-    dropout: float = 0.2        # of the trunk; the decoders have the noise of their latents
-    piecewise_limit: int = 64   # modalities up to this width get the piecewise-linear encoding
-    elbo_weight: float = 0.03   # weight of L_elbo in the objective, L_impute's being 1
-    impute_draws: int = 8       # latent draws per record in L_impute, in antithetic pairs
-    hide_one: float = 0.8       # probability that exactly one modality is hidden
-    drop_values: float = 0.15   # share of training records of which the encoders see only a part of the values
-    pair_weight: float = 0.1    # weight of the score of pairs of features, which trains their dependence
+    shared: int = 64  # size of z0
+    hidden: int = 256  # width of the trunk of q(z0 | x)
+    decoder: int = 128  # width of the private encoders and decoders
+    dropout: float = 0.2  # of the trunk; the decoders have the noise of their latents
+    piecewise_limit: int = 64  # modalities up to this width get the piecewise-linear encoding
+    elbo_weight: float = 0.03  # weight of L_elbo in the objective, L_impute's being 1
+    impute_draws: int = 8  # latent draws per record in L_impute, in antithetic pairs
+    hide_one: float = 0.8  # probability that exactly one modality is hidden
+    drop_values: float = 0.15  # share of training records of which the encoders see only a part of the values
+    pair_weight: float = 0.1  # weight of the score of pairs of features, which trains their dependence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", tuple(self.modalities))

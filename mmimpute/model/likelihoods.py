@@ -5,6 +5,7 @@ Targets are what a likelihood is asked about: standardised values of real featur
 
 Shape suffixes: B records, D features, S draws, F features of one kind, M levels, P decoder outputs.
 """
+
 import math
 
 import torch
@@ -15,9 +16,9 @@ from mmimpute.model.config import KINDS, ModalityConfig
 from mmimpute.model.standardise import Standardise
 
 LOG_SD = (-4.0, 2.0)
-FAR = 30.0                         # a logit that is as good as infinite, with finite gradients
-MARGINAL_CRPS = 1 / math.sqrt(math.pi)   # expected CRPS of N(0, 1) about itself
-Heads = dict[str, Tensor]          # kind -> (..., F, outputs per feature)
+FAR = 30.0  # a logit that is as good as infinite, with finite gradients
+MARGINAL_CRPS = 1 / math.sqrt(math.pi)  # expected CRPS of N(0, 1) about itself
+Heads = dict[str, Tensor]  # kind -> (..., F, outputs per feature)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
@@ -31,8 +32,7 @@ def bernoulli_log_prob(x: Tensor, logit: Tensor) -> Tensor:
 def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_size: Tensor) -> Tensor:
     """Variance = mean + mean^2 / size."""
     size, log_sum = log_size.exp(), torch.logaddexp(log_mean, log_size)
-    return (torch.lgamma(x + size) - torch.lgamma(size) - torch.lgamma(x + 1)
-            + size * (log_size - log_sum) + x * (log_mean - log_sum))
+    return torch.lgamma(x + size) - torch.lgamma(size) - torch.lgamma(x + 1) + size * (log_size - log_sum) + x * (log_mean - log_sum)
 
 
 def ordinal_log_probs(eta: Tensor, cuts: Tensor) -> Tensor:
@@ -89,11 +89,10 @@ class Likelihoods(nn.Module):
         self.register_buffer("base_logit_F", torch.logit(prevalence_F))
         level_F = (mean_D[self.count_F] + 0.5 * std_D[self.count_F].square()).clamp(1e-3, 20)
         self.register_buffer("base_log_mean_F", torch.log(torch.expm1(level_F) * unit_D[self.count_F]))
-        if "ordinal" in self.kinds:   # parameters without elements would never get a gradient
+        if "ordinal" in self.kinds:  # parameters without elements would never get a gradient
             self._cut_points(config, mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None])
         levels_F = torch.tensor([config.levels[i] for i in self.categorical_F], dtype=torch.long)
-        self.register_buffer("unused_levels_FM", torch.arange(self.levels["categorical"]) >= levels_F[:, None],
-                             persistent=False)
+        self.register_buffer("unused_levels_FM", torch.arange(self.levels["categorical"]) >= levels_F[:, None], persistent=False)
         entropy = fn.binary_cross_entropy(prevalence_F, prevalence_F, reduction="none").clamp_min(0.05)
         scale_D = torch.ones_like(mean_D)
         scale_D[self.real_F], scale_D[self.binary_F] = MARGINAL_CRPS, entropy
@@ -115,7 +114,7 @@ class Likelihoods(nn.Module):
     def heads(self, raw: Tensor) -> Heads:
         """Split decoder outputs (..., P) by kind and turn them into distribution parameters."""
         parts = raw.float().split([self.counts[k] * self.outputs[k] for k in self.kinds], -1)
-        heads = {k: p.unflatten(-1, (self.counts[k], self.outputs[k])) for k, p in zip(self.kinds, parts)}
+        heads = {k: p.unflatten(-1, (self.counts[k], self.outputs[k])) for k, p in zip(self.kinds, parts, strict=True)}
         if "real" in heads:
             mean, log_sd = heads["real"].unbind(-1)
             heads["real"] = torch.stack([mean, log_sd.clamp(*LOG_SD)], -1)
@@ -170,8 +169,7 @@ class Likelihoods(nn.Module):
             score_BD = crps_BF if len(self.kinds) == 1 else score_BD.index_copy(-1, self.real_F, crps_BF)
         return score_BD / self.marginal_score_D
 
-    def pair_score(self, heads: Heads, target_BD: Tensor, seen_BD: Tensor,
-                   generator: torch.Generator | None = None) -> Tensor:
+    def pair_score(self, heads: Heads, target_BD: Tensor, seen_BD: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """CRPS of sums or differences of random pairs of real features, mean per record.
 
         The score of single features says nothing of their dependence; a score of all their pairwise sums and
@@ -251,6 +249,6 @@ class Likelihoods(nn.Module):
         mean_SBF, sd_SBF = head[..., 0], head[..., 1].exp()
         if len(self.kinds) == 1:
             return standardise.moments(mean_SBF, sd_SBF)
-        shape = mean_SBF.shape[:-1] + (standardise.mean.shape[0],)
+        shape = (*mean_SBF.shape[:-1], standardise.mean.shape[0])
         full = [mean_SBF.new_zeros(shape).index_copy(-1, self.real_F, t) for t in (mean_SBF, sd_SBF)]
         return tuple(m.index_select(-1, self.real_F) for m in standardise.moments(*full))

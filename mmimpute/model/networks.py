@@ -2,19 +2,20 @@
 
 Shape suffixes: B records (any leading shape), K modalities, D features, C code columns, L latent, F some features.
 """
+
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as fn
 from torch import Tensor, nn
 
 from mmimpute.model.config import ModalityConfig, ModelConfig
-from mmimpute.model.standardise import Standardise
 
-WIDE = 64    # the code of a modality of more features is scaled down
-CERTAIN = 3.0   # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
-CLIP = 5.0   # standardised inputs beyond this say nothing more to the encoders
+WIDE = 64  # the code of a modality of more features is scaled down
+CERTAIN = 3.0  # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
+CLIP = 5.0  # standardised inputs beyond this say nothing more to the encoders
 
 
 class Normal(NamedTuple):
@@ -85,9 +86,14 @@ class SharedEncoder(nn.Module):
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Linear(width + len(config.modalities), config.hidden), nn.SiLU(), nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, config.hidden), nn.SiLU(), nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, 2 * config.shared))
+            nn.Linear(width + len(config.modalities), config.hidden),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden, 2 * config.shared),
+        )
         self._start(config.shared)
 
     def _start(self, shared: int) -> None:

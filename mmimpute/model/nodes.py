@@ -1,4 +1,5 @@
 """Fixed quasi-random standard normal nodes: the same for every record, so predictions repeat to the bit."""
+
 import functools
 
 import torch

@@ -33,6 +33,7 @@ generated correlation is 0.30 at 0.1 and 0.19 at 0.5, at which imputed variances
 
 Shape suffixes: B records, K modalities, D features.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,14 @@ from torch import Tensor
 class LossTerms(NamedTuple):
     """Per record (B) and modality (K); terms of modalities that were not observed or not hidden are 0."""
 
-    objective: Tensor           # scalar, minimised
-    reconstruction_BK: Tensor   # E_q log p(xj | zj, z0)
-    private_kl_BK: Tensor       # E_q KL(q(zj | z0, xj) || p(zj | z0))
-    shared_kl_B: Tensor         # KL(q(z0 | x) || p(z0))
-    impute_BK: Tensor           # E_{q(z0 | x_not_I) p(zi | z0)} log p(xi | zi, z0), i in I
-    score_BK: Tensor            # proper score of the hidden values, mean over observed features, marginal = 1
-    observed_BK: Tensor         # bool
-    hidden_BK: Tensor           # bool
+    objective: Tensor  # scalar, minimised
+    reconstruction_BK: Tensor  # E_q log p(xj | zj, z0)
+    private_kl_BK: Tensor  # E_q KL(q(zj | z0, xj) || p(zj | z0))
+    shared_kl_B: Tensor  # KL(q(z0 | x) || p(z0))
+    impute_BK: Tensor  # E_{q(z0 | x_not_I) p(zi | z0)} log p(xi | zi, z0), i in I
+    score_BK: Tensor  # proper score of the hidden values, mean over observed features, marginal = 1
+    observed_BK: Tensor  # bool
+    hidden_BK: Tensor  # bool
 
     @property
     def elbo_B(self) -> Tensor:
@@ -77,8 +78,7 @@ def hide(present_BK: Tensor, weight_K: Tensor, one: float, generator: torch.Gene
     single_BK = torch.zeros_like(present_BK).scatter(1, ticket_BK.argmax(1, keepdim=True), True)
     row = torch.rand((2, rows, 1), generator=generator, device=device)
     several_BK = uniform[1] < (0.1 + 0.7 * row[0]) * weight_K / 0.5
-    kept_BK = torch.zeros_like(present_BK).scatter(
-        1, uniform[2].masked_fill(~present_BK, -1.0).argmax(1, keepdim=True), True)
+    kept_BK = torch.zeros_like(present_BK).scatter(1, uniform[2].masked_fill(~present_BK, -1.0).argmax(1, keepdim=True), True)
     all_hidden_B1 = (several_BK | ~present_BK).all(1, keepdim=True)
     several_BK = several_BK & ~(all_hidden_B1 & kept_BK)
     hidden_BK = torch.where(row[1] < one, single_BK, several_BK) & present_BK

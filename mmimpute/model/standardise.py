@@ -2,6 +2,7 @@
 
 Shape suffixes: B records, D features, S draws, Q quadrature nodes, O octile edges.
 """
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,24 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-LIMIT = 1.0   # standard deviations beyond the sampled range at which an inverse log transform stops growing
+LIMIT = 1.0  # standard deviations beyond the sampled range at which an inverse log transform stops growing
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
     """Statistics of one modality's training values, after the transform; arrays or tensors of D rows."""
 
-    mean: Any   # (D,)
-    std: Any    # (D,)
-    log: Any    # (D,) bool: transform is sign(x) log1p(|x| / unit)
-    unit: Any   # (D,)
+    mean: Any  # (D,)
+    std: Any  # (D,)
+    log: Any  # (D,) bool: transform is sign(x) log1p(|x| / unit)
+    unit: Any  # (D,)
     knots: Any  # (D, 9) octile edges in standardised units, first the minimum, last the maximum
 
     @classmethod
     def blank(cls, width: int) -> "FeatureStatistics":
         """Placeholders, to be overwritten by a state dict."""
-        return cls(np.zeros(width), np.ones(width), np.zeros(width, bool), np.ones(width),
-                   np.tile(np.linspace(-1, 1, 9), (width, 1)))
+        return cls(np.zeros(width), np.ones(width), np.zeros(width, bool), np.ones(width), np.tile(np.linspace(-1, 1, 9), (width, 1)))
 
 
 class Standardise(nn.Module):
@@ -45,8 +45,7 @@ class Standardise(nn.Module):
         self.std.copy_(torch.where(self.std > 1e-8, self.std, torch.ones_like(self.std)))
         nodes, weights = np.polynomial.hermite_e.hermegauss(9)
         self.register_buffer("nodes_Q", torch.as_tensor(nodes, dtype=torch.float32), persistent=False)
-        self.register_buffer("weights_Q", torch.as_tensor(weights / weights.sum(), dtype=torch.float32),
-                             persistent=False)
+        self.register_buffer("weights_Q", torch.as_tensor(weights / weights.sum(), dtype=torch.float32), persistent=False)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Original -> standardised units; the caller fills unobserved values before and after."""
@@ -74,10 +73,9 @@ class Standardise(nn.Module):
         first_BD, second_BD = torch.zeros_like(mean_BD), torch.zeros_like(mean_BD)
         # Moments about the centre: squares of large original values would cancel in float32.
         centre_BD = self.inverse(mu_SBD.mean(0))
-        for node, weight in zip(self.nodes_Q, self.weights_Q):
+        for node, weight in zip(self.nodes_Q, self.weights_Q, strict=True):
             x_BD = self.inverse(mu_SBD + node * sd_SBD) - centre_BD
             first_BD = first_BD + weight * x_BD.mean(0)
             second_BD = second_BD + weight * x_BD.square().mean(0)
         logged_std_BD = (second_BD - first_BD.square()).clamp_min(0).sqrt()
-        return (torch.where(self.log, centre_BD + first_BD, mean_BD),
-                torch.where(self.log, logged_std_BD, std_BD))
+        return (torch.where(self.log, centre_BD + first_BD, mean_BD), torch.where(self.log, logged_std_BD, std_BD))

@@ -6,8 +6,9 @@ Fill before the encoders, mask after: a value that is not observed can change ne
 Shape suffixes: B records, N records of a caller, K modalities, D features, C code columns, L latent, S draws,
 H rows of a batch in which a modality is hidden.
 """
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,16 @@ from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 
-CHUNK = 1 << 23   # values of a prediction held at once: draws x rows x features
+CHUNK = 1 << 23  # values of a prediction held at once: draws x rows x features
 
 
 @dataclass(frozen=True)
 class Predictive:
     """What the model believes about every entry, in original units, in the order of the modalities."""
 
-    mean: list[Tensor]   # K of (B, D_j)
-    std: list[Tensor]    # K of (B, D_j)
-    z0_BL: Tensor        # mean of q(z0 | x)
+    mean: list[Tensor]  # K of (B, D_j)
+    std: list[Tensor]  # K of (B, D_j)
+    z0_BL: Tensor  # mean of q(z0 | x)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Inputs:
     target: list[Tensor]
     observed: list[Tensor]
     codes: list[Tensor]
-    present_BK: Tensor   # something is observed
-    shown_BK: Tensor     # something is seen by the encoders
+    present_BK: Tensor  # something is observed
+    shown_BK: Tensor  # something is seen by the encoders
 
 
 class MultiModalVAE(nn.Module):
@@ -56,8 +57,9 @@ class MultiModalVAE(nn.Module):
         self.likelihoods = nn.ModuleList(map(Likelihoods, config.modalities, self.standardise))
         self.code = nn.ModuleList(Code(m, config.piecewise_limit) for m in config.modalities)
         self.shared = SharedEncoder(config, sum(c.width for c in self.code))
-        self.private = nn.ModuleList(Private(config, m, c.width, p.size)
-                                     for m, c, p in zip(config.modalities, self.code, self.likelihoods))
+        self.private = nn.ModuleList(
+            Private(config, m, c.width, p.size) for m, c, p in zip(config.modalities, self.code, self.likelihoods, strict=True)
+        )
         self.register_buffer("hide_K", torch.tensor([m.hide for m in config.modalities]), persistent=False)
         for j, m in enumerate(config.modalities):
             real_D = torch.tensor([k == "real" for k in m.kinds])
@@ -80,8 +82,9 @@ class MultiModalVAE(nn.Module):
             z_BD = torch.where(seen_BD, self.standardise[j](filled_BD), 0.0)
             target.append(torch.where(getattr(self, f"real_{j}"), z_BD, filled_BD))
             codes.append(self.code[j](z_BD * shown_BD, filled_BD, shown_BD, self.standardise[j].knots))
-        return Inputs(target, list(observed), codes, torch.stack([o.any(1) for o in observed], 1),
-                      torch.stack([o.any(1) for o in shown], 1))
+        return Inputs(
+            target, list(observed), codes, torch.stack([o.any(1) for o in observed], 1), torch.stack([o.any(1) for o in shown], 1)
+        )
 
     def inference(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
         """q(z0 | the modalities of `present_BK`)."""
@@ -90,31 +93,41 @@ class MultiModalVAE(nn.Module):
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Sequence[Tensor], observed: Sequence[Tensor], elbo_scale: float = 1.0,
-                generator: torch.Generator | None = None) -> LossTerms:
+    def forward(
+        self, x: Sequence[Tensor], observed: Sequence[Tensor], elbo_scale: float = 1.0, generator: torch.Generator | None = None
+    ) -> LossTerms:
         """Both terms on one batch. `elbo_scale` is for warm-up; noise comes from `generator` or torch's default."""
         share = self.config.drop_values if self.training else 0.0
         inputs = self.inputs(x, observed, keep_values(observed, share, generator) if share else None)
         hidden_BK = hide(inputs.present_BK, self.hide_K, self.config.hide_one, generator)
         both = [torch.cat([c, c]) for c in inputs.codes]
         q0 = self.inference(both, torch.cat([inputs.shown_BK, inputs.shown_BK & ~hidden_BK]))
-        q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.chunk(2), q0.var.chunk(2)))
+        q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.chunk(2), q0.var.chunk(2), strict=True))
         z0_BL = q_all.sample(self._noise(q_all.mean.shape, generator))
         z0_SBL = q_kept.sample(self._antithetic(self.config.impute_draws, q_kept.mean.shape, generator))
         columns = []
         for j in range(len(self.private)):
             rows_H = hidden_BK[:, j].nonzero().squeeze(1)
             columns.append(self._terms(j, inputs, z0_BL, z0_SBL[:, rows_H], rows_H, generator))
-        reconstruction_BK, private_kl_BK, impute_BK, score_BK = (torch.stack(c, 1) for c in zip(*columns))
+        reconstruction_BK, private_kl_BK, impute_BK, score_BK = (torch.stack(c, 1) for c in zip(*columns, strict=True))
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
         shared_kl_B = kl(q_all, prior)
         elbo_B = (reconstruction_BK - private_kl_BK).sum(1) - shared_kl_B
         objective = self._objective(inputs, elbo_B, score_BK, hidden_BK, elbo_scale)
-        return LossTerms(objective, reconstruction_BK.detach(), private_kl_BK.detach(), shared_kl_B.detach(),
-                         impute_BK.detach(), score_BK.detach(), inputs.present_BK, hidden_BK)
+        return LossTerms(
+            objective,
+            reconstruction_BK.detach(),
+            private_kl_BK.detach(),
+            shared_kl_B.detach(),
+            impute_BK.detach(),
+            score_BK.detach(),
+            inputs.present_BK,
+            hidden_BK,
+        )
 
-    def _terms(self, j: int, inputs: Inputs, z0_BL: Tensor, z0_SHL: Tensor, rows_H: Tensor,
-               generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _terms(
+        self, j: int, inputs: Inputs, z0_BL: Tensor, z0_SHL: Tensor, rows_H: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Modality j: reconstruction, private KL, imputation and its score, each (B,).
 
         One pass through the decoder serves both terms: B rows to reconstruct, S x H rows to impute.
@@ -127,8 +140,9 @@ class MultiModalVAE(nn.Module):
         prior_B = Normal(prior.mean[:batch], prior.var[:batch])
         posterior_B = private.q(z0_BL, prior_B, inputs.codes[j], inputs.shown_BK[:, j])
         q = Normal(torch.cat([posterior_B.mean, prior.mean[batch:]]), torch.cat([posterior_B.var, prior.var[batch:]]))
-        noise = torch.cat([self._noise((batch, private.own), generator),
-                           self._antithetic(draws, (rows, private.own), generator).flatten(0, 1)])
+        noise = torch.cat(
+            [self._noise((batch, private.own), generator), self._antithetic(draws, (rows, private.own), generator).flatten(0, 1)]
+        )
         raw = private.decode(z0, q.sample(noise))
         seen_HD = seen_BD[rows_H]
         log_prob_BD = likelihood.log_prob(likelihood.heads(raw[:batch]), target_BD)
@@ -140,13 +154,14 @@ class MultiModalVAE(nn.Module):
         if self.training and self.config.pair_weight:
             pairs_H = likelihood.pair_score(heads_SHD, target_BD[rows_H], seen_HD, generator)
             score_H = score_H + self.config.pair_weight * pairs_H
-        return ((log_prob_BD * seen_BD).sum(1),
-                kl(posterior_B, prior_B) * inputs.present_BK[:, j],
-                zero_B.index_add(0, rows_H, (log_prob_SHD.mean(0) * seen_HD).sum(1)),
-                zero_B.index_add(0, rows_H, score_H))
+        return (
+            (log_prob_BD * seen_BD).sum(1),
+            kl(posterior_B, prior_B) * inputs.present_BK[:, j],
+            zero_B.index_add(0, rows_H, (log_prob_SHD.mean(0) * seen_HD).sum(1)),
+            zero_B.index_add(0, rows_H, score_H),
+        )
 
-    def _objective(self, inputs: Inputs, elbo_B: Tensor, score_BK: Tensor, hidden_BK: Tensor,
-                   elbo_scale: float) -> Tensor:
+    def _objective(self, inputs: Inputs, elbo_B: Tensor, score_BK: Tensor, hidden_BK: Tensor, elbo_scale: float) -> Tensor:
         """Score of what was hidden, mean over hidden modalities, minus the ELBO per observed value.
 
         The ELBO's parts keep their weights to each other: 1/D_j on some of them widens or narrows the posteriors.
@@ -165,16 +180,14 @@ class MultiModalVAE(nn.Module):
 
     # -- use ------------------------------------------------------------------------------------------------------
 
-    def _decode(self, j: int, inputs: Inputs, z0_SBL: Tensor, noise: Tensor,
-                rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+    def _decode(self, j: int, inputs: Inputs, z0_SBL: Tensor, noise: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
         """p(xj | zj, z0) with zj ~ q(zj | z0, xj), which is p(zj | z0) where nothing of xj is observed."""
         private = self.private[j]
         posterior = private.q(z0_SBL, private.p(z0_SBL), inputs.codes[j][rows], inputs.shown_BK[rows, j])
         return self.likelihoods[j].heads(private.decode(z0_SBL, posterior.sample(noise)))
 
     @torch.no_grad()
-    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 16,
-                only_missing: bool = False) -> Predictive:
+    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 16, only_missing: bool = False) -> Predictive:
         """Mean and standard deviation of every entry given what is observed.
 
         The predictive is the mixture over `draws` fixed quasi-random antithetic latent nodes, the same for every
@@ -183,10 +196,11 @@ class MultiModalVAE(nn.Module):
         """
         widest = sum(m.width for m in self.config.modalities)
         size = max(1, CHUNK // (draws * widest))
-        pieces = [self._predict([t[i:i + size] for t in x], [o[i:i + size] for o in observed], draws, only_missing)
-                  for i in range(0, max(1, x[0].shape[0]), size)]
-        mean, std = ([torch.cat(parts) for parts in zip(*(getattr(p, name) for p in pieces))]
-                     for name in ("mean", "std"))
+        pieces = [
+            self._predict([t[i : i + size] for t in x], [o[i : i + size] for o in observed], draws, only_missing)
+            for i in range(0, max(1, x[0].shape[0]), size)
+        ]
+        mean, std = ([torch.cat(parts) for parts in zip(*(getattr(p, name) for p in pieces), strict=True)] for name in ("mean", "std"))
         return Predictive(mean, std, torch.cat([p.z0_BL for p in pieces]))
 
     def _predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, only_missing: bool) -> Predictive:
@@ -197,7 +211,7 @@ class MultiModalVAE(nn.Module):
         z0_SBL = q0.sample(nodes_SL[:, None, :shared])
         mean, std = [], []
         for j, private in enumerate(self.private):
-            noise = nodes_SL[:, None, shared:shared + private.own]
+            noise = nodes_SL[:, None, shared : shared + private.own]
             lacking_B = ~observed[j].all(1)
             rows = lacking_B.nonzero().squeeze(1) if only_missing else slice(None)
             heads = self._decode(j, inputs, z0_SBL[:, rows], noise, rows)
@@ -207,8 +221,9 @@ class MultiModalVAE(nn.Module):
         return Predictive(mean, std, q0.mean)
 
     @torch.no_grad()
-    def impute(self, record: Sequence[tuple[Tensor | None, int]], draws: int | None = None,
-               generator: torch.Generator | None = None) -> list[Tensor]:
+    def impute(
+        self, record: Sequence[tuple[Tensor | None, int]], draws: int | None = None, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
         """Complete records. `record` holds K pairs: (N x D_j tensor, 1) or (anything, 0).
 
         Returns K tensors, N x D_j (draws=None: one draw) or draws x N x D_j. Observed values are copied to the bit;
@@ -220,7 +235,7 @@ class MultiModalVAE(nn.Module):
         count = 1 if draws is None else draws
         z0_SBL = q0.sample(self._noise((count, *q0.mean.shape), generator))
         completed = []
-        for j, (x_BD, seen_BD) in enumerate(zip(x, observed)):
+        for j, (x_BD, seen_BD) in enumerate(zip(x, observed, strict=True)):
             noise = self._noise((*z0_SBL.shape[:2], self.private[j].own), generator)
             heads = self._decode(j, inputs, z0_SBL, noise)
             drawn_SBD = self.likelihoods[j].sample(heads, self.standardise[j], generator).to(x_BD.dtype)
@@ -235,7 +250,7 @@ class MultiModalVAE(nn.Module):
         tensors = [v for v, flag in record if flag] or [v for v, _ in record if isinstance(v, Tensor) and v.dim() == 2]
         rows = tensors[0].shape[0] if tensors else 1
         x, observed = [], []
-        for (value, flag), m in zip(record, modalities):
+        for (value, flag), m in zip(record, modalities, strict=True):
             if flag and tuple(value.shape) != (rows, m.width):
                 raise ValueError(f"modality {m.name!r} has shape {tuple(value.shape)}, expected {(rows, m.width)}")
             x.append(value if flag else torch.zeros(rows, m.width, device=self.hide_K.device))

@@ -1,4 +1,5 @@
 """Small synthetic cohorts with known truth."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
 
-MIXED = ModalityConfig("labs.mixed", ("real", "binary", "count", "ordinal", "categorical", "ordinal", "real"),
-                       (0, 0, 0, 4, 3, 6, 0))
-CONFIG = ModelConfig((MIXED, ModalityConfig("plain", ("real",) * 5), ModalityConfig("codes", ("binary", "count"))),
-                     shared=8, hidden=32, decoder=16)
+MIXED = ModalityConfig("labs.mixed", ("real", "binary", "count", "ordinal", "categorical", "ordinal", "real"), (0, 0, 0, 4, 3, 6, 0))
+CONFIG = ModelConfig(
+    (MIXED, ModalityConfig("plain", ("real",) * 5), ModalityConfig("codes", ("binary", "count"))), shared=8, hidden=32, decoder=16
+)
 
 
 def statistics(x: np.ndarray, kinds: tuple[str, ...], log: tuple[int, ...] = ()) -> FeatureStatistics:
@@ -25,9 +26,18 @@ def statistics(x: np.ndarray, kinds: tuple[str, ...], log: tuple[int, ...] = ())
 def mixed_values(rows: int, seed: int = 0) -> list[Tensor]:
     """Independent values of every kind, in the layout of CONFIG."""
     draw = np.random.default_rng(seed)
-    mixed = np.stack([draw.normal(10, 3, rows), draw.random(rows) < 0.3, draw.poisson(3, rows),
-                      draw.integers(0, 4, rows), draw.integers(0, 3, rows), draw.integers(0, 6, rows),
-                      draw.lognormal(1, 1, rows)], 1)
+    mixed = np.stack(
+        [
+            draw.normal(10, 3, rows),
+            draw.random(rows) < 0.3,
+            draw.poisson(3, rows),
+            draw.integers(0, 4, rows),
+            draw.integers(0, 3, rows),
+            draw.integers(0, 6, rows),
+            draw.lognormal(1, 1, rows),
+        ],
+        1,
+    )
     codes = np.stack([draw.random(rows) < 0.5, draw.poisson(2, rows)], 1)
     return [torch.tensor(v, dtype=torch.float32) for v in (mixed, draw.normal(size=(rows, 5)), codes)]
 
@@ -36,8 +46,9 @@ def mixed_model(seed: int = 0) -> MultiModalVAE:
     """An untrained model of every kind, with weights that are not at their symmetric start."""
     torch.manual_seed(seed)
     values = mixed_values(500)
-    fitted = {m.name: statistics(v.numpy(), m.kinds, log=(6,) if m is MIXED else ())
-              for m, v in zip(CONFIG.modalities, values)}
+    fitted = {
+        m.name: statistics(v.numpy(), m.kinds, log=(6,) if m is MIXED else ()) for m, v in zip(CONFIG.modalities, values, strict=True)
+    }
     model = MultiModalVAE(CONFIG, fitted).eval()
     with torch.no_grad():
         for private in model.private:
@@ -59,7 +70,7 @@ def masks(values: list[Tensor], seed: int = 0, share: float = 0.7) -> list[Tenso
 class LinearGaussian:
     """x_j = A_j z + noise: every conditional mean and covariance is known."""
 
-    loadings: list[np.ndarray]   # K of (D_j, L)
+    loadings: list[np.ndarray]  # K of (D_j, L)
     noise: float
 
     @classmethod
@@ -70,8 +81,7 @@ class LinearGaussian:
     def values(self, rows: int, seed: int) -> list[Tensor]:
         draw = np.random.default_rng(seed)
         z = draw.normal(size=(rows, self.loadings[0].shape[1]))
-        return [torch.tensor(z @ a.T + self.noise * draw.normal(size=(rows, len(a))), dtype=torch.float32)
-                for a in self.loadings]
+        return [torch.tensor(z @ a.T + self.noise * draw.normal(size=(rows, len(a))), dtype=torch.float32) for a in self.loadings]
 
     def conditional(self, target: int, given: list[int], x: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Mean (rows, D) and covariance (D, D) of modality `target` given others."""

@@ -1,4 +1,5 @@
 """Likelihoods and scores against scipy, torch.distributions and quadrature."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +7,15 @@ from cohorts import MIXED, mixed_values, statistics
 from scipy import integrate, stats
 
 from mmimpute.model.config import ModalityConfig
-from mmimpute.model.likelihoods import (Likelihoods, bernoulli_log_prob, gaussian_log_prob, mean_absolute,
-                                        moment_crps, negative_binomial_log_prob, ordinal_log_probs)
+from mmimpute.model.likelihoods import (
+    Likelihoods,
+    bernoulli_log_prob,
+    gaussian_log_prob,
+    mean_absolute,
+    moment_crps,
+    negative_binomial_log_prob,
+    ordinal_log_probs,
+)
 from mmimpute.model.networks import Normal, kl, product
 from mmimpute.model.standardise import Standardise
 
@@ -35,7 +43,7 @@ def test_ordinal_levels_are_differences_of_the_logistic():
 
 def test_expected_absolute_value_of_a_gaussian():
     for centre, sd in ((0.0, 1.0), (1.3, 0.4), (-2.0, 3.0)):
-        expected = integrate.quad(lambda t: abs(t) * stats.norm.pdf(t, centre, sd), -30, 30)[0]
+        expected = integrate.quad(lambda t, c, s: abs(t) * stats.norm.pdf(t, c, s), -30, 30, args=(centre, sd))[0]
         assert mean_absolute(torch.tensor(centre), torch.tensor(sd)).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -100,11 +108,11 @@ def test_samples_have_the_moments_of_the_likelihood(mixed):
 
 
 def test_samples_stay_inside_the_support(mixed):
-    likelihood, standardise, values = mixed
+    likelihood, standardise, _values = mixed
     raw = 3 * torch.randn(500, likelihood.size, generator=torch.Generator().manual_seed(4))
     drawn = likelihood.sample(likelihood.heads(raw), standardise).detach().numpy()
     assert np.isfinite(drawn).all()
-    for i, (kind, levels) in enumerate(zip(MIXED.kinds, MIXED.levels)):
+    for i, (kind, levels) in enumerate(zip(MIXED.kinds, MIXED.levels, strict=True)):
         if kind != "real":
             assert (drawn[:, i] == drawn[:, i].round()).all() and (drawn[:, i] >= 0).all()
         if levels:

@@ -2,6 +2,7 @@
 
 Tolerances are what a fit of some seconds reaches. Of single features the variances are still up to 20% off.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -23,11 +24,12 @@ def fitted():
     torch.set_num_threads(1)
     truth = LinearGaussian.make()
     train, tune, test = (truth.values(rows, seed) for rows, seed in ((4000, 1), (800, 2), (400, 4)))
-    modalities = tuple(ModalityConfig(n, ("real",) * t.shape[1]) for n, t in zip("abc", train))
+    modalities = tuple(ModalityConfig(n, ("real",) * t.shape[1]) for n, t in zip("abc", train, strict=True))
     config = ModelConfig(modalities, shared=8, hidden=64, decoder=32, dropout=0.0, drop_values=0.0, elbo_weight=0.5)
-    model = MultiModalVAE(config, {m.name: statistics(t.numpy(), m.kinds) for m, t in zip(modalities, train)})
-    result = fit_in_memory(model, (train, everything(train)), (tune, everything(tune)), OptimiserSettings(lr=6e-3),
-                           schedule(4000, batch=64, epochs=20))
+    model = MultiModalVAE(config, {m.name: statistics(t.numpy(), m.kinds) for m, t in zip(modalities, train, strict=True)})
+    result = fit_in_memory(
+        model, (train, everything(train)), (tune, everything(tune)), OptimiserSettings(lr=6e-3), schedule(4000, batch=64, epochs=20)
+    )
     return truth, result.model, test
 
 

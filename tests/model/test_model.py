@@ -1,4 +1,5 @@
 """The model's contract: masks, shapes, subsets, determinism, terms."""
+
 import dataclasses
 import json
 
@@ -24,20 +25,19 @@ def loss_and_gradients(model, x, observed):
 def test_unobserved_values_change_nothing(junk):
     model, x = mixed_model(), mixed_values(ROWS)
     observed = masks(x)
-    zeroed, spoiled = ([torch.where(o, v, fill) for v, o in zip(x, observed)] for fill in (0.0, junk))
-    for first, second in zip(*(loss_and_gradients(model, v, observed) for v in (zeroed, spoiled))):
-        for a, b in zip(first, second):
+    zeroed, spoiled = ([torch.where(o, v, fill) for v, o in zip(x, observed, strict=True)] for fill in (0.0, junk))
+    for first, second in zip(*(loss_and_gradients(model, v, observed) for v in (zeroed, spoiled)), strict=True):
+        for a, b in zip(first, second, strict=True):
             assert torch.isfinite(a).all() and torch.equal(a, b)
     first, second = (model.predict(v, observed) for v in (zeroed, spoiled))
-    for a, b in zip(first.mean + first.std + [first.z0_BL], second.mean + second.std + [second.z0_BL]):
+    for a, b in zip(first.mean + first.std + [first.z0_BL], second.mean + second.std + [second.z0_BL], strict=True):
         assert torch.isfinite(a).all() and torch.equal(a, b)
 
 
 def test_an_absent_modality_may_hold_anything():
     model, (mixed, plain, codes) = mixed_model(), mixed_values(ROWS)
     anything = (None, torch.full_like(plain, torch.nan), torch.full_like(plain, 1e6))
-    found = [model.impute([(mixed, 1), (a, 0), (codes, 1)], generator=torch.Generator().manual_seed(1))
-             for a in anything]
+    found = [model.impute([(mixed, 1), (a, 0), (codes, 1)], generator=torch.Generator().manual_seed(1)) for a in anything]
     assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], found[2][1])
 
 
@@ -46,10 +46,10 @@ def test_impute_any_subset(subset):
     model, x = mixed_model(), mixed_values(ROWS)
     flags = [subset >> j & 1 for j in range(3)]
     x[1][::3, 2] = torch.nan
-    record = [(v if f else torch.empty(ROWS, 0), f) for v, f in zip(x, flags)]
+    record = [(v if f else torch.empty(ROWS, 0), f) for v, f in zip(x, flags, strict=True)]
     for draws, shape in ((None, (ROWS,)), (3, (3, ROWS))):
         completed = model.impute(record, draws=draws)
-        for c, v, f in zip(completed, x, flags):
+        for c, v, f in zip(completed, x, flags, strict=True):
             assert c.shape == (*shape, v.shape[1]) and torch.isfinite(c).all()
             if f:
                 known = ~torch.isnan(v)
@@ -84,8 +84,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
     observed = masks(x)
     together = model.predict(x, observed)
     for row in (0, 17):
-        alone = model.predict([v[row:row + 1] for v in x], [o[row:row + 1] for o in observed])
-        for a, b in zip(alone.mean + alone.std, together.mean + together.std):
+        alone = model.predict([v[row : row + 1] for v in x], [o[row : row + 1] for o in observed])
+        for a, b in zip(alone.mean + alone.std, together.mean + together.std, strict=True):
             torch.testing.assert_close(a[0], b[row], rtol=1e-5, atol=1e-5)
 
 
@@ -107,8 +107,7 @@ def test_predict_agrees_with_the_moments_of_draws():
     plain = torch.ones(5, dtype=torch.bool)
     observed = [torch.zeros_like(x[0], dtype=torch.bool), plain.expand(4, 5), torch.zeros_like(x[2], dtype=torch.bool)]
     predicted = model.predict(x, observed, draws=512)
-    drawn = model.impute([(None, 0), (x[1], 1), (None, 0)], draws=20_000,
-                         generator=torch.Generator().manual_seed(0))
+    drawn = model.impute([(None, 0), (x[1], 1), (None, 0)], draws=20_000, generator=torch.Generator().manual_seed(0))
     for k, columns in ((0, [0, 1, 3, 5]), (2, [0])):
         torch.testing.assert_close(drawn[k].mean(0)[:, columns], predicted.mean[k][:, columns], rtol=0.03, atol=0.03)
         torch.testing.assert_close(drawn[k].std(0)[:, columns], predicted.std[k][:, columns], rtol=0.05, atol=0.02)
@@ -143,9 +142,8 @@ def test_elbo_is_a_lower_bound_that_many_samples_approach():
         for p in model.parameters():
             p.zero_()
         for part in [model.shared.trunk[-1], *(q.expert for q in model.private)]:
-            part.bias[part.out_features // 2:] = -50.0    # precision 0: every posterior is its prior
-    observed = [torch.zeros_like(x[0], dtype=torch.bool), torch.ones_like(x[1], dtype=torch.bool),
-                torch.zeros_like(x[2], dtype=torch.bool)]
+            part.bias[part.out_features // 2 :] = -50.0  # precision 0: every posterior is its prior
+    observed = [torch.zeros_like(x[0], dtype=torch.bool), torch.ones_like(x[1], dtype=torch.bool), torch.zeros_like(x[2], dtype=torch.bool)]
     terms = model(x, observed)
     z = model.standardise[1](x[1])
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
@@ -159,7 +157,7 @@ def test_gradients_reach_every_parameter(absent):
     if absent is not None:
         observed[absent] = torch.zeros_like(observed[absent])
     _, gradients = loss_and_gradients(model, x, observed)
-    for (name, _), g in zip(model.named_parameters(), gradients):
+    for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
         assert g is not None and torch.isfinite(g).all(), name
         if absent is None:
             assert (g != 0).any(), name
@@ -171,20 +169,23 @@ def test_config_and_state_round_trip():
     assert config == CONFIG
     again = MultiModalVAE.from_state(config, model.state_dict())
     first, second = (m.predict(x, masks(x)) for m in (model, again))
-    for a, b in zip(first.mean + first.std, second.mean + second.std):
+    for a, b in zip(first.mean + first.std, second.mean + second.std, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: ModalityConfig("m", ("real", "rael")), "unknown kinds"),
-    (lambda: ModalityConfig("m", ()), "no features"),
-    (lambda: ModalityConfig("m", ("ordinal",)), "at least 2 levels"),
-    (lambda: ModalityConfig("m", ("real",), hide=0.0), "expected a value in"),
-    (lambda: ModelConfig(()), "at least one modality"),
-    (lambda: ModelConfig.from_dict({"modalities": [], "hiden": 3}), "valid keys are"),
-    (lambda: mixed_model().impute([(None, 0)]), "3 modalities, found 1"),
-    (lambda: mixed_model().impute([(None, 0), (torch.zeros(2, 4), 1), (None, 0)]), "'plain' has shape"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ModalityConfig("m", ("real", "rael")), "unknown kinds"),
+        (lambda: ModalityConfig("m", ()), "no features"),
+        (lambda: ModalityConfig("m", ("ordinal",)), "at least 2 levels"),
+        (lambda: ModalityConfig("m", ("real",), hide=0.0), "expected a value in"),
+        (lambda: ModelConfig(()), "at least one modality"),
+        (lambda: ModelConfig.from_dict({"modalities": [], "hiden": 3}), "valid keys are"),
+        (lambda: mixed_model().impute([(None, 0)]), "3 modalities, found 1"),
+        (lambda: mixed_model().impute([(None, 0), (torch.zeros(2, 4), 1), (None, 0)]), "'plain' has shape"),
+    ],
+)
 def test_mistakes_are_explained(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,5 @@
 """Hiding: never all, and as often as asked."""
+
 import torch
 from cohorts import mixed_values
 
@@ -44,7 +45,7 @@ def test_dropped_values_are_a_part_of_the_observed_ones_of_some_records():
     observed = [torch.rand(v.shape) < 0.8 for v in mixed_values(4000)]
     shown = keep_values(observed, 0.5)
     whole = torch.ones(4000, dtype=torch.bool)
-    for o, s in zip(observed, shown):
+    for o, s in zip(observed, shown, strict=True):
         assert not (s & ~o).any()
         whole &= (o == s).all(1)
     assert 0.5 < whole.float().mean() < 0.62

@@ -1,5 +1,7 @@
 """Optimisation: resume is exact, sums add up, sizes follow the data."""
+
 import copy
+import itertools
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def test_resume_continues_exactly():
     saved = copy.deepcopy(first.state_dict())
     resumed = Training(mixed_model(seed=9), OptimiserSettings(), total_steps=8)
     resumed.load_state_dict(saved)
-    torch.manual_seed(123)   # whatever happened in between
+    torch.manual_seed(123)  # whatever happened in between
     for batch in batches(8)[5:]:
         resumed.step(*batch)
     for which in ("model", "average"):
@@ -51,13 +53,14 @@ def test_tune_repeats_and_its_sums_add_up():
     training = Training(mixed_model(), OptimiserSettings(), total_steps=2)
     first, second = (training.tune(in_batches(DATA, 32)) for _ in range(2))
     assert first == second and first["rows"] == 96
-    doubled = summarise({k: 2 * v for k, v in first.items()})   # two ranks with the same rows
+    doubled = summarise({k: 2 * v for k, v in first.items()})  # two ranks with the same rows
     assert doubled == pytest.approx(summarise(first))
     found = summarise(first)
     nats = sum(found[f"{n}.impute"] * first[f"{n}.hidden"] for n in ("labs.mixed", "plain", "codes"))
     assert found["impute"] == pytest.approx(nats / 96)
-    parts = sum((found[f"{n}.reconstruction"] - found[f"{n}.private_kl"]) * first[f"{n}.observed"]
-                for n in ("labs.mixed", "plain", "codes"))
+    parts = sum(
+        (found[f"{n}.reconstruction"] - found[f"{n}.private_kl"]) * first[f"{n}.observed"] for n in ("labs.mixed", "plain", "codes")
+    )
     assert found["elbo"] == pytest.approx(parts / 96 - found["shared_kl"], rel=1e-4)
 
 
@@ -65,15 +68,14 @@ def test_the_rate_rises_then_falls_to_zero():
     training = Training(mixed_model(), OptimiserSettings(lr=1.0), total_steps=100)
     rates = [training._rate(s) for s in range(101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
 
 
 def test_sizes_follow_the_number_of_rows():
     sizes = [schedule(n) for n in (1, 700, 6_500, 100_000, 1_000_000, 100_000_000)]
     assert [s.batch for s in sizes[:4]] == [128, 128, 256, 1024]
     assert all(s.total_steps >= 1 for s in sizes)
-    assert all(s.steps_per_epoch == max(1, n // s.batch)
-               for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000)))
+    assert all(s.steps_per_epoch == max(1, n // s.batch) for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000), strict=True))
 
 
 def test_small_cohorts_lean_on_the_generative_model():
