@@ -62,6 +62,11 @@ class LossTerms(NamedTuple):
         """Eq. 3."""
         return self.impute_BK.sum(1)
 
+    @property
+    def total_B(self) -> Tensor:
+        """Eq. 1: L = L_elbo + L_impute, in nats per record."""
+        return self.elbo_B + self.imputation_B
+
 
 def hide(present_BK: Tensor, weight_K: Tensor, one: float, generator: torch.Generator | None = None) -> Tensor:
     """A random subset I of each record's observed modalities, never all of them; (B, K) bool.

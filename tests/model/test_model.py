@@ -128,6 +128,7 @@ def test_terms_add_up_and_respect_the_masks():
     expected = terms.reconstruction_BK.sum(1) - terms.private_kl_BK.sum(1) - terms.shared_kl_B
     torch.testing.assert_close(terms.elbo_B, expected)
     torch.testing.assert_close(terms.imputation_B, terms.impute_BK.sum(1))
+    torch.testing.assert_close(terms.total_B, expected + terms.impute_BK.sum(1))
     assert (terms.private_kl_BK >= -1e-5).all() and (terms.shared_kl_B >= -1e-5).all()
     for term in (terms.reconstruction_BK, terms.private_kl_BK):
         assert (term[~terms.observed_BK] == 0).all() and (term[terms.observed_BK] != 0).all()
