@@ -215,6 +215,7 @@ def fit_in_memory(
             best, best_loss, best_epoch = copy.deepcopy(training.average), result["loss"], epoch
         if epoch - best_epoch >= plan.patience:
             break
+    best.prior.fit(sum(best.posterior_moments(*batch) for batch in in_batches(train, 1024)))
     return Fitted(best, history)
 
 

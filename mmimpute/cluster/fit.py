@@ -4,7 +4,6 @@ A rank keeps its share of the records when that fits into memory, and streams th
 not: an epoch over a Ray Data iterator costs seconds even for a small cohort.
 """
 
-import copy
 import math
 import tempfile
 import threading
@@ -230,6 +229,8 @@ def train_loop(loop: dict[str, Any]) -> None:
         record |= {name: sum(s[name] for s in steps) / len(steps) for name in ("elbo", "impute")}
         record |= {f"tune_{name}": value for name, value in tuned.items()}
         _judge(best, record, training, loop["patience"], plan)
+        if best["stopped"]:
+            _fit_prior(best, training, data.epoch(0, plan.batch, plan.steps_per_epoch), loop["widths"])
         reporter.report(record, last=best["stopped"])
 
 
@@ -256,9 +257,22 @@ def _judge(best: dict[str, Any], record: dict, training: Training, patience: int
     """Keeps the best averaged weights; equal on every rank, as the tune loss is."""
     best["history"].append(record)
     if record["tune_loss"] < best["loss"]:
-        weights = {name: copy.deepcopy(t.detach().cpu()) for name, t in training.average.state_dict().items()}
-        best |= {"loss": record["tune_loss"], "epoch": record["epoch"], "weights": weights}
+        best |= {"loss": record["tune_loss"], "epoch": record["epoch"], "weights": _weights(training)}
     best["stopped"] = record["epoch"] >= plan.epochs or record["epoch"] - best["epoch"] >= patience
+
+
+def _weights(training: Training) -> dict[str, torch.Tensor]:
+    return {name: t.detach().cpu().clone() for name, t in training.average.state_dict().items()}
+
+
+def _fit_prior(best: dict[str, Any], training: Training, batches: Iterator[torch.Tensor], widths: list[int]) -> None:
+    """p(z0) of the best weights takes the moments of the posteriors of all ranks' records (see `model.prior`)."""
+    training.average.load_state_dict(best["weights"])
+    total_MM = sum(training.average.posterior_moments(*split(x, widths)) for x in batches)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total_MM)
+    training.average.prior.fit(total_MM)
+    best["weights"] = _weights(training)
 
 
 class Reporter:

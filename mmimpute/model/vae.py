@@ -18,6 +18,7 @@ from mmimpute.model.likelihoods import Likelihoods
 from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
+from mmimpute.model.prior import SharedPrior, moments
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 
 CHUNK = 1 << 23  # values of a prediction held at once: draws x rows x features
@@ -57,6 +58,7 @@ class MultiModalVAE(nn.Module):
         self.likelihoods = nn.ModuleList(map(Likelihoods, config.modalities, self.standardise))
         self.code = nn.ModuleList(Code(m, config.piecewise_limit) for m in config.modalities)
         self.shared = SharedEncoder(config, sum(c.width for c in self.code))
+        self.prior = SharedPrior(config.shared)
         self.private = nn.ModuleList(
             Private(config, m, c.width, p.size) for m, c, p in zip(config.modalities, self.code, self.likelihoods, strict=True)
         )
@@ -178,7 +180,23 @@ class MultiModalVAE(nn.Module):
         half = self._noise((draws // 2, *shape), generator)
         return torch.cat([half, -half])
 
+    @torch.no_grad()
+    def posterior_moments(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
+        """What `prior.fit` needs of a batch; sums over batches and ranks. Records with nothing observed say nothing."""
+        inputs = self.inputs(x, observed)
+        some_B = inputs.present_BK.any(1)
+        q0 = self.inference(inputs.codes, inputs.present_BK)
+        return moments(Normal(q0.mean[some_B], q0.var[some_B]))
+
     # -- use ------------------------------------------------------------------------------------------------------
+
+    def _shared(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """z0 from noise (S, B or 1, L), and its mean (B, L): of q(z0 | x), or of p(z0) where nothing is observed."""
+        q0 = self.inference(inputs.codes, inputs.shown_BK)
+        empty_B1 = ~inputs.shown_BK.any(1, keepdim=True)
+        if not empty_B1.any():
+            return q0.sample(noise), q0.mean
+        return torch.where(empty_B1, self.prior.sample(noise), q0.sample(noise)), torch.where(empty_B1, self.prior.mean_L, q0.mean)
 
     def _decode(self, j: int, inputs: Inputs, z0_SBL: Tensor, noise: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
         """p(xj | zj, z0) with zj ~ q(zj | z0, xj), which is p(zj | z0) where nothing of xj is observed."""
@@ -205,10 +223,9 @@ class MultiModalVAE(nn.Module):
 
     def _predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, only_missing: bool) -> Predictive:
         inputs = self.inputs(x, observed)
-        q0 = self.inference(inputs.codes, inputs.shown_BK)
         shared = self.config.shared
-        nodes_SL = normal_nodes(draws, shared + max(p.own for p in self.private)).to(q0.mean.device)
-        z0_SBL = q0.sample(nodes_SL[:, None, :shared])
+        nodes_SL = normal_nodes(draws, shared + max(p.own for p in self.private)).to(self.hide_K.device)
+        z0_SBL, mean_BL = self._shared(inputs, nodes_SL[:, None, :shared])
         mean, std = [], []
         for j, private in enumerate(self.private):
             noise = nodes_SL[:, None, shared : shared + private.own]
@@ -218,7 +235,7 @@ class MultiModalVAE(nn.Module):
             mean_RD, std_RD = self.likelihoods[j].moments(heads, self.standardise[j])
             mean.append(mean_RD if not only_missing else x[j].float().index_copy(0, rows, mean_RD))
             std.append(std_RD if not only_missing else torch.zeros_like(x[j]).float().index_copy(0, rows, std_RD))
-        return Predictive(mean, std, q0.mean)
+        return Predictive(mean, std, mean_BL)
 
     @torch.no_grad()
     def impute(
@@ -231,9 +248,8 @@ class MultiModalVAE(nn.Module):
         """
         x, observed = self._read(record)
         inputs = self.inputs(x, observed)
-        q0 = self.inference(inputs.codes, inputs.shown_BK)
-        count = 1 if draws is None else draws
-        z0_SBL = q0.sample(self._noise((count, *q0.mean.shape), generator))
+        shape = (1 if draws is None else draws, x[0].shape[0], self.config.shared)
+        z0_SBL, _ = self._shared(inputs, self._noise(shape, generator))
         completed = []
         for j, (x_BD, seen_BD) in enumerate(zip(x, observed, strict=True)):
             noise = self._noise((*z0_SBL.shape[:2], self.private[j].own), generator)
