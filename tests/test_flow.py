@@ -66,7 +66,7 @@ def run(endpoint, tmp_path_factory):
 def run_cli(config: Path, home: Path, api: str | None = None) -> subprocess.CompletedProcess:
     environment = os.environ | {"PREFECT_HOME": str(home)} | ({"PREFECT_API_URL": api} if api else {})
     command = [sys.executable, "-m", "mmimpute.cli", "run", str(config)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
 
 
 def artifacts(api: str) -> dict[str, dict]:

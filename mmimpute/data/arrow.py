@@ -105,7 +105,7 @@ def _numbers(array: pa.Array) -> np.ndarray:
     """Floats with NaN for null; float32 where that loses nothing."""
     if pt.is_boolean(array.type):
         array = array.cast(pa.uint8())
-    array = array.cast(float_type(array.type))
+    array = array.cast(float_type(array.type), safe=False)  # whole numbers beyond 2^53 are rounded
     return array.to_numpy(zero_copy_only=False)
 
 

@@ -150,6 +150,11 @@ def test_nan_is_missing():
     assert np.isnan(records["m"][:, 0]).tolist() == [False, True, True]
 
 
+def test_whole_numbers_beyond_a_double_are_rounded_not_refused():
+    table = table_of(s__v=[2**60 + 1, 1, None])
+    assert decode(table, schema_of(table), "s")["m"][:2, 0].tolist() == [2.0**60, 1.0]
+
+
 def test_subject_ids():
     with pytest.raises(DataError, match="2 repeated subject ids"):
         check_subjects(pa.chunked_array([["a", "b", "a", "a"]]), "subject_id", "s")
