@@ -9,7 +9,8 @@ resumes: every stage finds in storage what an earlier try has done.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 for _name, _value in {
@@ -45,17 +46,22 @@ def mendable(task, run, state) -> bool:
 RETRIES = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": mendable}
 
 
-def progress(key: str, part: str, whole: str) -> Callable[[dict], None]:
-    """A callback that shows progress on the console and in a Prefect artifact."""
+@contextmanager
+def progress(key: str, part: str, whole: str) -> Iterator[Callable[[dict], None]]:
+    """A callback that shows progress on the console and, per percent, in a Prefect artifact."""
     artifact = create_progress_artifact(0.0, key=key)
-    show = watch(key)
+    show, shown = watch(key), 0
 
     def update(record: dict) -> None:
+        nonlocal shown
         show(record)
-        if record.get(whole):
-            update_progress_artifact(artifact, progress=min(100.0, 100.0 * record.get(part, 0) / record[whole]))
+        percent = 100 * record.get(part, 0) // record[whole] if whole in record else 0
+        if percent > shown:
+            shown = percent
+            update_progress_artifact(artifact, progress=float(percent))
 
-    return update
+    yield update
+    update_progress_artifact(artifact, progress=100.0)
 
 
 @task(**RETRIES)
@@ -68,7 +74,8 @@ def plan(config: RunConfig) -> Record:
 
 @task(**RETRIES)
 def fit(config: RunConfig, plan_name: str) -> Record:
-    fitted = population.fit(config, plan_name, progress("fit", "epoch", "epochs"))
+    with progress("fit", "epoch", "epochs") as update:
+        fitted = population.fit(config, plan_name, update)
     create_link_artifact(fitted["model"], key="model", description="trained" if fitted["trained"] else "the champion still stands")
     return fitted
 
@@ -82,7 +89,8 @@ def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
 
 @task(**RETRIES)
 def impute(config: RunConfig, plan_name: str, model: str) -> Record:
-    return population.impute(config, plan_name, model, progress("impute", "imputed", "of"))
+    with progress("impute", "imputed", "of") as update:
+        return population.impute(config, plan_name, model, update)
 
 
 @task(**RETRIES)

@@ -1,6 +1,7 @@
 """What people see on a terminal: progress, tables, and errors without tracebacks."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,9 +28,10 @@ def report_errors() -> Iterator[None]:
 
 def watch(title: str) -> Callable[[dict], None]:
     """A progress callback that prints one line per step worth telling; lines, so that logs keep them too."""
-    shown = {"share": -1}
+    began, shown = time.monotonic(), -1
 
     def update(record: dict) -> None:
+        nonlocal shown
         if "epoch" in record:
             console.print(
                 f"  {title}: epoch {record['epoch']}/{record['epochs']}  tune loss {record['tune_loss']:.4f}  "
@@ -37,12 +39,15 @@ def watch(title: str) -> Callable[[dict], None]:
             )
             return
         done = record.get("imputed", record.get("generated", record.get("profiled", 0)))
-        share = int(10 * done / record["of"])
-        if share != shown["share"]:
-            shown["share"] = share
-            what = "profiled" if "profiled" in record else "done"
-            rows = f", {record['rows']:,} records" if "rows" in record else ""
-            console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}")
+        tenth = 10 * done // record["of"]
+        if tenth == shown:
+            return
+        shown = tenth
+        seconds = time.monotonic() - began
+        what = "profiled" if "profiled" in record else "done"
+        rows = f", {record['rows']:,} records, {record['rows'] / seconds:,.0f} a second" if "rows" in record else ""
+        left = f", {seconds * (record['of'] - done) / done:,.0f} s left" if done < record["of"] else ""
+        console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}{left}")
 
     return update
 

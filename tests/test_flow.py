@@ -132,10 +132,13 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     config = RunConfig(spec=spec, shards=f"{url}/shards", model=f"{url}/model", output=f"{url}/output", fit=fit, cluster=cluster)
     for name in ("plan", "fit", "evaluate", "impute", "commit", "report"):
         monkeypatch.setattr(flow, name, getattr(flow, name).fn)
-    for name in ("create_table_artifact", "create_link_artifact", "update_progress_artifact"):
+    steps = []
+    monkeypatch.setattr(flow, "update_progress_artifact", lambda _, progress: steps.append(progress))
+    for name in ("create_table_artifact", "create_link_artifact"):
         monkeypatch.setattr(flow, name, lambda *_, **__: None)
     monkeypatch.setattr(flow, "create_progress_artifact", lambda *_, **__: None)
     stages = flow.population_run.fn(config)
     assert stages["plan"]["new"] == 2 and stages["impute"]["rows"] == 200 and stages["fit"]["trained"]
+    assert steps == [100.0, 100.0, 50.0, 100.0, 100.0]  # fit: one epoch, then done; impute: two shards, then done
     assert np.isfinite(list(stages["evaluate"]["skill"].values())).all()
     assert flow.population_run.fn(config)["plan"]["new"] == 0
