@@ -112,7 +112,8 @@ def _create(url: str, footers: list[pq.FileMetaData]) -> DeltaTable:
 
 
 def _union(footers: list[pq.FileMetaData]) -> pa.Schema:
-    return pa.unify_schemas([f.schema.to_arrow_schema() for f in footers], promote_options="permissive")
+    """All columns, each in a type that holds what every file has; lists of one kind before they are compared."""
+    return pa.unify_schemas([_plain(f.schema.to_arrow_schema()) for f in footers], promote_options="permissive")
 
 
 def add_counts(footers: Iterable[pq.FileMetaData]) -> dict:
@@ -138,7 +139,11 @@ def _open(url: str) -> DeltaTable | None:
 
 def delta_schema(arrow: pa.Schema) -> Schema:
     """The table's schema: what the files hold, in the types that Delta knows (no unsigned integers, no nanoseconds)."""
-    return Schema.from_arrow(pa.schema([pa.field(f.name, _delta_type(f.type)) for f in arrow]))
+    return Schema.from_arrow(_plain(arrow))
+
+
+def _plain(arrow: pa.Schema) -> pa.Schema:
+    return pa.schema([pa.field(f.name, _delta_type(f.type)) for f in arrow])
 
 
 def _delta_type(kind: pa.DataType) -> pa.DataType:

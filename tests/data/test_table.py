@@ -83,6 +83,19 @@ def test_unsigned_and_dictionary_columns_have_a_delta_type():
     assert "decimal" in found["u"] and "string" in found["d"] and "timestamp" in found["t"] and "short" in found["f"]
 
 
+def test_shards_may_differ_in_width_and_layout(tmp_path):
+    place = str(tmp_path / "table")
+    wide = pa.table(
+        {"subject_id": pa.array(["c"], pa.large_string()), "x": pa.array([[1.0, 2.0]], pa.list_(pa.float64(), 2)), "n": pa.array([1.5])}
+    )
+    narrow = pa.table(
+        {"subject_id": ["a", "b"], "x": pa.array([[1.0, 2.0], None], pa.list_(pa.float32())), "n": pa.array([1, 2], pa.int16())}
+    )
+    commit(place, put(place, "a.parquet", "1", narrow), put(place, "b.parquet", "1", wide))
+    read = DeltaTable(place).to_pyarrow_dataset().to_table().sort_by("subject_id")
+    assert read["x"].to_pylist() == [[1.0, 2.0], None, [1.0, 2.0]] and read["n"].to_pylist() == [1.0, 2.0, 1.5]
+
+
 def test_nothing_is_published_in_a_place_that_is_not_there(tmp_path):
     assert table.published(str(tmp_path / "none")) == {}
     with pytest.raises(FileNotFoundError):
