@@ -20,7 +20,7 @@ from mmimpute.evaluation import evaluate, most_records
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
-from mmimpute.planning import Survey, columns_of, survey, survey_for
+from mmimpute.planning import Survey, by_layout, columns_of, survey, survey_for
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
@@ -89,7 +89,8 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
-        job = training.Job(fitted_on, found.url, good, schema, model_config(schema, rows, settings), statistics, rows, settings)
+        layouts = by_layout(found.url, good, schema.columns)
+        job = training.Job(fitted_on, found.url, layouts, schema, model_config(schema, rows, settings), statistics, rows, settings)
         fitted = training.fit(job, home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = f"{home.rstrip('/')}/{name}"
@@ -119,7 +120,8 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
     with runtime.cluster(cluster):
         bad = registry.read_record(place, "set_aside") or {}
         good = [s for s in found.shards if s.key not in bad]
-        x = ingest.take(ingest.records(found.url, good, model.schema, "held_out"), most_records(model.schema.width))
+        layouts = by_layout(found.url, good, model.schema.columns)
+        x = ingest.take(ingest.records(found.url, layouts, model.schema, "held_out"), most_records(model.schema.width))
     if x is None or not len(x):
         raise UserError(f"{found.url}: no held-out record among {found.rows}; give more records")
     return evaluate(model, x, registry.read_record(model.url, "marginals"))

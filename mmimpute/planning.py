@@ -101,6 +101,20 @@ def _checked(url: str, schema: CohortSchema, shards: list[Shard], footers: dict,
     return Survey(url, schema, good, rows, dict(sorted(errors.items())))
 
 
+def by_layout(url: str, shards: list[Shard], columns: list[str]) -> list[list[Shard]]:
+    """The shards in groups that give these columns the same types: what one `read_parquet` can read."""
+
+    def layout(shard: Shard) -> str:
+        arrow = read_footer(url, shard).schema.to_arrow_schema()
+        return str([arrow.field(c).type for c in columns])
+
+    groups: dict[str, list[Shard]] = {}
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        for shard, types in zip(shards, pool.map(layout, shards), strict=True):
+            groups.setdefault(types, []).append(shard)
+    return list(groups.values())
+
+
 def to_table(found: Survey) -> pa.Table:
     """A survey as a table, so that stages may pass on its URL."""
     columns = dict(zip(Shard._fields, map(list, zip(*found.shards, strict=True)), strict=True))

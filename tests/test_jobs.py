@@ -7,7 +7,7 @@ import pytest
 from deltalake import DeltaTable
 
 from mmimpute import jobs, planning, registry
-from mmimpute.cluster import runtime
+from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
 from mmimpute.data.table import table_state
 from mmimpute.errors import DataError, UserError
@@ -132,6 +132,26 @@ def test_records_that_do_not_fit_into_memory_are_streamed(tmp_path, spec_file):
     settings = FitSettings(epochs=2, batch_size=32, workers=1, cache_share=0.0)
     fitted = jobs.fit_model(found, str(tmp_path / "model"), settings, CLUSTER)
     assert len(registry.read_record(fitted["model"], "history")) == 2
+
+
+def test_shards_that_spell_their_types_differently_are_read_together(tmp_path, spec_file, small_cohort):
+    plain, other = linear_cohort(200), linear_cohort(200, seed=2, first=5000)
+    spelt = {
+        "subject_id": other["subject_id"].cast(pa.large_string()),
+        "labs": other["labs"].combine_chunks().cast(pa.list_(pa.float64())),
+        "dx__stage": other["dx__stage"].cast(pa.int32()),
+        "dx__site": other["dx__site"].dictionary_encode(),
+    }
+    for column, values in spelt.items():
+        other = other.set_column(other.column_names.index(column), column, values)
+    write_table(str(tmp_path), "a.parquet", plain)
+    write_table(str(tmp_path), "b.parquet", other)
+    found = planning.survey(str(tmp_path), read_spec(spec_file))
+    layouts = planning.by_layout(found.url, found.shards, found.schema.columns)
+    assert [len(group) for group in layouts] == [1, 1]
+    schema = registry.describe(small_cohort[2]).cohort
+    x = {split: ingest.take(ingest.records(found.url, layouts, schema, split), 1000) for split in ("train", "tune", "held_out")}
+    assert sum(map(len, x.values())) == 400 and x["train"].shape[1] == 13
 
 
 def test_describe_drafts_a_spec_that_works(cohort, tmp_path):

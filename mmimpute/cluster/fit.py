@@ -51,7 +51,7 @@ class Job:
 
     name: str
     shards_url: str
-    shards: list[Shard]
+    layouts: list[list[Shard]]
     schema: CohortSchema
     config: ModelConfig
     statistics: dict[str, dict[str, np.ndarray]]
@@ -77,7 +77,7 @@ def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=_loop_config(job, workers) | {"queue": queue},
-        datasets={name: records(job.shards_url, job.shards, job.schema, name) for name in ("train", "tune")},
+        datasets={name: records(job.shards_url, job.layouts, job.schema, name) for name in ("train", "tune")},
         dataset_config=train.DataConfig(execution_options=_ordered()),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=_gpus(job) > 0, resources_per_worker=_resources(job, workers)),
         run_config=train.RunConfig(

@@ -70,11 +70,12 @@ def _objects(value) -> np.ndarray:
     return column
 
 
-def records(url: str, shards: list[Shard], schema: CohortSchema, split: Split) -> Dataset:
-    """Records of one split, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id."""
+def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, split: Split) -> Dataset:
+    """Records of one split, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id.
+
+    layouts: the shards, in groups of one layout (see `planning.by_layout`).
+    """
     filesystem, root = storage.arrow_filesystem(url)
-    paths = [f"{root}/{s.key}" for s in shards]
-    raw = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None).select_columns(schema.columns)
 
     def to_records(batch: pa.Table) -> dict[str, np.ndarray]:
         place = position(batch.column(schema.subject_id))
@@ -82,7 +83,13 @@ def records(url: str, shards: list[Shard], schema: CohortSchema, split: Split) -
         batch = batch.filter(pa.array(chosen))
         return {"x": flat(decode(batch, schema, "being read")), "place": place[chosen]}
 
-    return raw.map_batches(to_records, batch_format="pyarrow")
+    def read(shards: list[Shard]) -> Dataset:
+        paths = [f"{root}/{s.key}" for s in shards]
+        raw = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None).select_columns(schema.columns)
+        return raw.map_batches(to_records, batch_format="pyarrow")
+
+    first, *others = map(read, layouts)
+    return first.union(*others) if others else first
 
 
 def take(dataset: Dataset, most: int) -> np.ndarray:
