@@ -26,7 +26,7 @@ from prefect.artifacts import create_link_artifact, create_progress_artifact, cr
 
 from mmimpute import population
 from mmimpute.console import console, report_errors, watch
-from mmimpute.errors import MmimputeError
+from mmimpute.errors import MmimputeError, Unreachable
 from mmimpute.spec import RunConfig, read_config
 
 Record = dict[str, Any]
@@ -34,13 +34,8 @@ Record = dict[str, Any]
 
 def mendable(task, run, state) -> bool:
     """Whether another try may help: not where the user has to mend something first."""
-    try:
-        state.result()
-    except MmimputeError:
-        return False
-    except Exception:
-        return True
-    return False
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Unreachable) or not isinstance(error, MmimputeError)
 
 
 RETRIES = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": mendable}

@@ -16,6 +16,10 @@ class UserError(MmimputeError):
     exit_code = 2
 
 
+class Unreachable(UserError):
+    """A store that does not answer: a wrong endpoint, or an outage that another try may outlast."""
+
+
 class DataError(MmimputeError):
     """A shard that breaks the input contract.
 

@@ -1,5 +1,6 @@
 """The population run as a Prefect flow: real Prefect (ephemeral and a server), real object store, Ray with two workers."""
 
+import asyncio
 import json
 import os
 import socket
@@ -118,6 +119,18 @@ def test_a_second_run_on_a_server_finds_all_done(first, run, prefect_server, tmp
     assert "planted-id-4711" not in json.dumps(left)
     storage_keys = [o.key for o in storage.list_objects(f"{url}/output/_runs", ".html")]
     assert len(storage_keys) == 1
+
+
+def test_what_is_tried_again():
+    from prefect.states import exception_to_failed_state
+
+    from flows.population import mendable
+    from mmimpute.errors import DataError, Unreachable, UserError
+
+    again = {UserError("x"): False, DataError("s", None, "f", "e", "a"): False, Unreachable("x"): True, OSError("x"): True}
+    for error, expected in again.items():
+        state = asyncio.run(exception_to_failed_state(error))
+        assert mendable(None, None, state) is expected
 
 
 def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
-from mmimpute.errors import UserError
+from mmimpute.errors import Unreachable, UserError
 
 # Long enough to sit out a store's restart, short enough that nobody thinks the run hangs.
 PATIENT = {"max_retries": 10, "retry_timeout": timedelta(seconds=60), "backoff": {"max_backoff": timedelta(seconds=5)}}
@@ -127,7 +127,7 @@ def explained(url: str) -> Iterator[None]:
             raise UserError(f"{url}: there is no such bucket") from None
         if "InvalidAccessKeyId" in str(error) or "SignatureDoesNotMatch" in str(error):
             raise UserError(f"{url}: access denied; check the credentials") from None
-        raise UserError(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None
+        raise Unreachable(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None
 
 
 def list_objects(url: str, suffix: str = "", retry: dict = PATIENT) -> list[StoredObject]:

@@ -3,7 +3,7 @@
 import pytest
 
 from mmimpute.data import storage
-from mmimpute.errors import UserError
+from mmimpute.errors import Unreachable, UserError
 
 
 def test_write_read_list(place):
@@ -77,5 +77,5 @@ def test_a_profile_gives_credentials_and_endpoint(bucket, endpoint, monkeypatch,
 
 def test_an_endpoint_that_is_not_there(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="does not answer as it should; check endpoint and network"):
+    with pytest.raises(Unreachable, match="does not answer as it should; check endpoint and network"):
         storage.list_objects(bucket, retry=storage.PROMPT)
