@@ -13,6 +13,7 @@ from rich.table import Table
 from mmimpute import store
 from mmimpute.console import console
 from mmimpute.data import storage
+from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.launch import run_flow, show_run
 from mmimpute.population import last_record
@@ -63,9 +64,7 @@ def put_cohort(url: str, rows: int) -> int:
         if rows:
             ids = pa.array([f"resampled-{i:09d}" for i in part])
             table = table.set_column(table.column_names.index("subject_id"), "subject_id", ids)
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        storage.write(url, f"part-{number:05d}.parquet", sink.getvalue())
+        publish_table(url, f"part-{number:05d}.parquet", table)
     return total
 
 
@@ -84,7 +83,7 @@ def show_record(url: str) -> None:
     """One public record with its gaps, and what was put there."""
     spec = read_spec(RESOURCES / "nhanes2017.toml")
     key = min(table_state(url).keys)
-    row = _with_gaps(pq.read_table(io.BytesIO(storage.read(url, key))), list(spec.modalities))
+    row = _with_gaps(fetch_table(url, key), list(spec.modalities))
     table = Table("feature", "observed", "imputed", title="One enriched record (of those features that were missing, and two beside them)")
     for name in spec.modalities:
         features = [c for c in row if c.startswith(f"{name}__") and not c.endswith(("__imputed", "__std"))]

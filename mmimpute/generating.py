@@ -1,14 +1,11 @@
 """Synthetic records: one shard of draws from the model, in the schema of the cohort. A plain function."""
 
-import io
-
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 import mmimpute
-from mmimpute.data import storage
 from mmimpute.data.arrow import in_columns
+from mmimpute.data.shards import publish_table
 from mmimpute.registry import Model
 
 SHARD_ROWS = 50_000
@@ -32,9 +29,7 @@ def generate_shard(model: Model, output: str, number: int, rows: int, seed: int)
     for modality, values in zip(model.schema.modalities, drawn, strict=True):
         columns |= in_columns(modality, values.cpu().numpy())
     metadata = {"mmimpute.version": mmimpute.__version__, "mmimpute.model": model.digest, "mmimpute.synthetic": "true"}
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
-    storage.write(output, shard_name(seed, number), sink.getvalue())
+    publish_table(output, shard_name(seed, number), pa.table(columns).replace_schema_metadata(metadata))
     return {"output": shard_name(seed, number), "rows": rows}
 
 

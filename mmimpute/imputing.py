@@ -39,7 +39,7 @@ def settings_digest(settings: ImputeSettings) -> str:
 
 
 def impute_shard(model: Model, shards: str, shard: Shard, output: str, settings: ImputeSettings) -> dict:
-    """Publishes the enriched shard and returns its status: rows, imputed values per modality, seconds, bytes.
+    """Publishes the enriched shard and returns its status: rows, imputed values per modality, seconds.
 
     A shard that breaks the input contract is not published; its status holds the error.
     """
@@ -54,7 +54,7 @@ def impute_shard(model: Model, shards: str, shard: Shard, output: str, settings:
     began = time.perf_counter()
     storage.write(output, key, content)
     clock.write += time.perf_counter() - began
-    return status | {"bytes": len(content), "seconds": _seconds(clock, start)}
+    return status | {"seconds": _seconds(clock, start)}
 
 
 def _seconds(clock: Clock, start: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from mmimpute.cluster import fit as training
 from mmimpute.cluster import generate as generation
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
-from mmimpute.data import profile, table
+from mmimpute.data import profile, storage, table
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard
 from mmimpute.data.split import BOUNDS
@@ -78,28 +78,33 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
     fitted_on = fingerprint(found, settings)
     name = standing_champion(home, fitted_on)
     if name:
-        aside = registry.read_record(registry.locate(home), "set_aside") or {}
-        return {"digest": name, "model": registry.locate(home), "trained": False, "set_aside": aside, "seconds": 0.0}
+        place = storage.join(home, name)
+        aside = registry.read_record(place, "set_aside") or {}
+        return {"digest": name, "model": place, "trained": False, "set_aside": aside, "seconds": 0.0}
     with runtime.cluster(cluster):
         seen, bad = _observe(found, True, on_progress)
         schema, seen = profile.settle(found.schema, seen)
-        good = [s for s in found.shards if s.key not in bad]
         low, high = BOUNDS["train"]
         rows = int(seen.rows * (high - low))
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
-        layouts = by_layout(found.url, good, schema.columns)
+        layouts = _layouts(found, bad, schema)
         job = training.Job(fitted_on, found.url, layouts, schema, model_config(schema, rows, settings), statistics, rows, settings)
         fitted = training.fit(job, home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
-        place = f"{home.rstrip('/')}/{name}"
+        place = storage.join(home, name)
         beside = {"profile": profile.report(schema, seen), "marginals": profile.marginals(schema, seen)}
         for record, value in (beside | {"history": fitted.history, "set_aside": bad}).items():
             registry.write_record(place, record, value)
         registry.promote(home, name)
         training.clear(home, fitted_on)
-    return {"digest": name, "model": registry.locate(home), "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
+    return {"digest": name, "model": place, "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
+
+
+def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[list[Shard]]:
+    """The shards that were not set aside, as `ingest.records` takes them."""
+    return by_layout(found.url, [s for s in found.shards if s.key not in bad], schema.columns)
 
 
 def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> ModelConfig:
@@ -112,16 +117,15 @@ def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> Mode
 
 
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
-    """Accuracy on held-out subjects (see `evaluation.evaluate`); kept beside the model where it was fitted on these shards.
+    """Accuracy on the shards' held-out subjects (see `evaluation.evaluate`).
 
     Raises UserError where no subject is held out.
     """
     model = registry.load(place)
     with runtime.cluster(cluster):
         bad = registry.read_record(place, "set_aside") or {}
-        good = [s for s in found.shards if s.key not in bad]
-        layouts = by_layout(found.url, good, model.schema.columns)
-        x = ingest.take(ingest.records(found.url, layouts, model.schema, "held_out"), most_records(model.schema.width))
+        held_out = ingest.records(found.url, _layouts(found, bad, model.schema), model.schema, "held_out")
+        x = ingest.take(held_out, most_records(model.schema.width))
     if x is None or not len(x):
         raise UserError(f"{found.url}: no held-out record among {found.rows}; give more records")
     return evaluate(model, x, registry.read_record(model.url, "marginals"))

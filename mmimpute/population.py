@@ -4,16 +4,14 @@ plan -> fit -> evaluate -> impute -> commit -> report. What a run leaves behind 
 readers of the table do not see.
 """
 
-import io
 import json
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow.parquet as pq
-
 import mmimpute
 from mmimpute import jobs, planning, registry
 from mmimpute.data import storage
+from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import digest, published, table_state
 from mmimpute.errors import SetAside
 from mmimpute.jobs import Progress, ignore
@@ -34,9 +32,7 @@ def plan(config: RunConfig) -> Record:
     """
     found = planning.survey(config.shards, config.spec)
     name = f"plan-{digest(found.fingerprint, config.model_dump_json())}.parquet"
-    sink = io.BytesIO()
-    pq.write_table(planning.to_table(found), sink)
-    storage.write(_runs(config), name, sink.getvalue())
+    publish_table(_runs(config), name, planning.to_table(found))
     champion = jobs.standing_champion(config.model, jobs.fingerprint(found, config.fit))
     done = 0
     if champion:
@@ -47,7 +43,7 @@ def plan(config: RunConfig) -> Record:
 
 
 def read_plan(config: RunConfig, name: str) -> Survey:
-    return planning.from_table(pq.read_table(io.BytesIO(storage.read(_runs(config), name))))
+    return planning.from_table(fetch_table(_runs(config), name))
 
 
 def fit(config: RunConfig, plan_name: str, on_progress: Progress = ignore) -> Record:

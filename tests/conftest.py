@@ -1,12 +1,10 @@
 """Real parts, started once: an object store, a Ray cluster, a Prefect server; and cohorts with known answers."""
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 # Before ray or prefect is imported by any test.
@@ -14,6 +12,7 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "PREFECT_SER
 
 from mmimpute import store
 from mmimpute.data import storage
+from mmimpute.data.shards import publish_table
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +39,6 @@ def bucket(endpoint, request):
 def place(request, tmp_path):
     """The URL of an empty place: once on this machine's disk, once in the object store."""
     return str(tmp_path / "place") if request.param == "folder" else request.getfixturevalue("bucket")
-
-
-def write_table(url: str, key: str, table: pa.Table) -> None:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, write_page_checksum=True)
-    storage.write(url, key, sink.getvalue())
-
-
-def read_table(url: str, key: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read(url, key)))
 
 
 def linear_cohort(rows: int, seed: int = 0, first: int = 0) -> pa.Table:
@@ -88,7 +77,7 @@ def write_cohort(url: str, rows: int = 600, shards: int = 4, seed: int = 0) -> p
     """A linear cohort as shards under a URL; returns all of it."""
     table = linear_cohort(rows, seed)
     for number, part in enumerate(np.array_split(np.arange(rows), shards)):
-        write_table(url, f"part-{number:03d}.parquet", table.take(pa.array(part)))
+        publish_table(url, f"part-{number:03d}.parquet", table.take(pa.array(part)))
     return table
 
 

@@ -9,7 +9,8 @@ import typer
 
 from mmimpute import cli
 from mmimpute.data import storage
-from tests.conftest import linear_cohort, write_cohort, write_table
+from mmimpute.data.shards import publish_table
+from tests.conftest import linear_cohort, write_cohort
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
@@ -66,7 +67,7 @@ def test_mistakes_exit_2_without_a_traceback(case, folder, endpoint, monkeypatch
 
 
 def test_a_model_that_does_not_fit_exits_2(small_cohort, folder, monkeypatch, capsys):
-    write_table(str(folder / "other"), "a.parquet", linear_cohort(10).drop_columns(["rna"]))
+    publish_table(str(folder / "other"), "a.parquet", linear_cohort(10).drop_columns(["rna"]))
     arguments = ["impute", "--model", small_cohort[2], "--shards", str(folder / "other"), "--output", str(folder / "o")]
     code, text = run(monkeypatch, capsys, *arguments)
     assert code == 2 and "no shard fits the cohort" in text

@@ -16,9 +16,10 @@ import pytest
 
 from mmimpute import population, store
 from mmimpute.data import storage
+from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.spec import ClusterSettings, FitSettings, RunConfig, read_spec
-from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
+from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
 SETTINGS = "[fit]\nworkers = 2\nepochs = 3\nbatch_size = 64\n[cluster]\ncpus = 4\nactors = 2\n"
@@ -56,7 +57,7 @@ def run(endpoint, tmp_path_factory):
     url, folder = "s3://flow/cohort", tmp_path_factory.mktemp("run")
     write_cohort(f"{url}/shards", rows=800, shards=4)
     bad = linear_cohort(30, seed=5, first=9000)
-    write_table(f"{url}/shards", "x-bad.parquet", bad.set_column(0, "subject_id", pa.array(["planted-id-4711"] * 30)))
+    publish_table(f"{url}/shards", "x-bad.parquet", bad.set_column(0, "subject_id", pa.array(["planted-id-4711"] * 30)))
     (folder / "cohort.toml").write_text(SPEC)
     config = folder / "run.toml"
     places = "".join(f'{name} = "{url}/{name}"\n' for name in ("shards", "model", "output"))
@@ -88,8 +89,8 @@ def test_the_flow_end_to_end(first, run):
     assert first.returncode == 3, first.stderr[-3000:]
     assert "Traceback" not in first.stdout + first.stderr
     state = table_state(f"{url}/output")
-    enriched = pa.concat_tables(read_table(f"{url}/output", k) for k in sorted(state.keys))
-    given = pa.concat_tables(read_table(f"{url}/shards", f"part-00{i}.parquet") for i in range(4))
+    enriched = pa.concat_tables(fetch_table(f"{url}/output", k) for k in sorted(state.keys))
+    given = pa.concat_tables(fetch_table(f"{url}/shards", f"part-00{i}.parquet") for i in range(4))
     assert enriched.select(given.column_names).sort_by("subject_id").equals(given.sort_by("subject_id"))
     record = population.last_record(f"{url}/output")
     assert record["rows"] == 800 and [a["shard"] for a in record["shards"]["set_aside"]] == ["x-bad.parquet"]

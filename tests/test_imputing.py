@@ -10,11 +10,11 @@ import pytest
 
 from mmimpute import imputing, registry
 from mmimpute.data import storage
-from mmimpute.data.shards import list_shards
+from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import COUNTS
 from mmimpute.imputing import impute_shard
 from mmimpute.spec import ImputeSettings
-from tests.conftest import linear_cohort, read_table, write_table
+from tests.conftest import linear_cohort
 
 DEFAULTS = ImputeSettings()
 
@@ -26,10 +26,10 @@ def model(small_cohort):
 
 def impute(model, tmp_path, table, settings=DEFAULTS) -> tuple[dict, pa.Table | None]:
     shards, output = str(tmp_path / "shards"), str(tmp_path / "out")
-    write_table(shards, "part.parquet", table)
+    publish_table(shards, "part.parquet", table)
     (shard,) = list_shards(shards)
     status = impute_shard(model, shards, shard, output, settings)
-    return status, None if status["error"] else read_table(output, status["output"])
+    return status, None if status["error"] else fetch_table(output, status["output"])
 
 
 def test_the_output_contract(model, tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def flipped(content: bytes) -> bytes:
 )
 def test_unreadable_shards_are_set_aside(spoil, model, tmp_path):
     shards, output = str(tmp_path / "shards"), str(tmp_path / "out")
-    write_table(shards, "part.parquet", linear_cohort(2000))
+    publish_table(shards, "part.parquet", linear_cohort(2000))
     storage.write(shards, "part.parquet", spoil(storage.read(shards, "part.parquet")))
     (shard,) = list_shards(shards)
     status = impute_shard(model, shards, shard, output, ImputeSettings())

@@ -9,10 +9,11 @@ from deltalake import DeltaTable
 from mmimpute import jobs, planning, registry
 from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
+from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
-from tests.conftest import SPEC, linear_cohort, read_table, write_cohort, write_table
+from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
 CLUSTER = ClusterSettings(cpus=4, actors=2)
@@ -41,7 +42,7 @@ def cohort(endpoint, bucket_url, tmp_path_factory):
     write_cohort(shards, rows=1500, shards=5)
     bad = linear_cohort(40, seed=5, first=9000)
     bad = bad.set_column(bad.column_names.index("dx__stage"), "dx__stage", pa.array([np.inf] * 40))
-    write_table(shards, "x-infinite.parquet", bad)
+    publish_table(shards, "x-infinite.parquet", bad)
     spec = tmp_path_factory.mktemp("spec") / "cohort.toml"
     spec.write_text(SPEC)
     epochs = []
@@ -86,13 +87,13 @@ def test_impute_publishes_good_shards_once_and_commits(cohort, bucket_url):
     done = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
     assert done["rows"] == 1500 and list(done["set_aside"]) == ["x-infinite.parquet"]
     assert done["committed"]["added"] == 5 and done["committed"]["counts"]["rows"] == 1500
-    enriched = pa.concat_tables(read_table(output, k) for k in sorted(table_state(output).keys))
-    given = pa.concat_tables(read_table(shards, f"part-00{i}.parquet") for i in range(5))
+    enriched = pa.concat_tables(fetch_table(output, k) for k in sorted(table_state(output).keys))
+    given = pa.concat_tables(fetch_table(shards, f"part-00{i}.parquet") for i in range(5))
     assert enriched.select(given.column_names).sort_by("subject_id").equals(given.sort_by("subject_id"))
     again = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
     assert again["done_before"] == 5 and again["committed"]["version"] == done["committed"]["version"]
     more = linear_cohort(60, seed=6, first=5000)
-    write_table(shards, "part-005.parquet", more)
+    publish_table(shards, "part-005.parquet", more)
     third = jobs.impute_cohort(home, shards, output, ImputeSettings(), CLUSTER)
     assert (third["done_before"], third["rows"], third["committed"]["added"]) == (5, 60, 1)
     seen = DeltaTable(output, storage_options=storage.delta_options(output)).to_pyarrow_dataset().to_table(columns=["subject_id"])
@@ -114,8 +115,8 @@ def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url)
     shards, _, home, _, _ = cohort
     done = jobs.generate_cohort(home, f"{bucket_url}/synthetic", 700, 3, CLUSTER)
     assert done == {"shards": 1, "rows": 700}
-    made = read_table(f"{bucket_url}/synthetic", "synthetic-3-00000.parquet")
-    given = read_table(shards, "part-000.parquet")
+    made = fetch_table(f"{bucket_url}/synthetic", "synthetic-3-00000.parquet")
+    given = fetch_table(shards, "part-000.parquet")
     assert all(s.startswith("synthetic-3-") for s in made["subject_id"].to_pylist())
     assert made.schema.metadata[b"mmimpute.synthetic"] == b"true"
     for column in ("dx__code", "dx__stage", "dx__site"):
@@ -123,7 +124,7 @@ def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url)
         assert set(made[column].unique().to_pylist()) <= set(given[column].drop_null().unique().to_pylist())
     assert set(map(len, made["rna"].to_pylist())) == {6}
     jobs.generate_cohort(home, f"{bucket_url}/again", 700, 3, CLUSTER)
-    assert read_table(f"{bucket_url}/again", "synthetic-3-00000.parquet").equals(made)
+    assert fetch_table(f"{bucket_url}/again", "synthetic-3-00000.parquet").equals(made)
 
 
 def test_records_that_do_not_fit_into_memory_are_streamed(tmp_path, spec_file):
@@ -144,8 +145,8 @@ def test_shards_that_spell_their_types_differently_are_read_together(tmp_path, s
     }
     for column, values in spelt.items():
         other = other.set_column(other.column_names.index(column), column, values)
-    write_table(str(tmp_path), "a.parquet", plain)
-    write_table(str(tmp_path), "b.parquet", other)
+    publish_table(str(tmp_path), "a.parquet", plain)
+    publish_table(str(tmp_path), "b.parquet", other)
     found = planning.survey(str(tmp_path), read_spec(spec_file))
     layouts = planning.by_layout(found.url, found.shards, found.schema.columns)
     assert [len(group) for group in layouts] == [1, 1]
@@ -167,7 +168,7 @@ def test_describe_drafts_a_spec_that_works(cohort, tmp_path):
 
 def test_describe_leaves_free_text_out(tmp_path):
     texts = pa.array([f"seen by doctor {i}" for i in range(80)])
-    write_table(str(tmp_path), "a.parquet", linear_cohort(80).append_column("dx__note", texts))
+    publish_table(str(tmp_path), "a.parquet", linear_cohort(80).append_column("dx__note", texts))
     found = jobs.describe_cohort(str(tmp_path), CLUSTER)
     assert "# Columns left out" in found["spec"] and "'dx__note'" in found["spec"]
     assert "seen by" not in str(found)
@@ -175,7 +176,7 @@ def test_describe_leaves_free_text_out(tmp_path):
 
 def test_no_good_shard(tmp_path, spec_file):
     bad = linear_cohort(40)
-    write_table(str(tmp_path), "a.parquet", bad.set_column(0, "subject_id", pa.array(["same"] * 40)))
+    publish_table(str(tmp_path), "a.parquet", bad.set_column(0, "subject_id", pa.array(["same"] * 40)))
     found = planning.survey(str(tmp_path), read_spec(spec_file))
     with pytest.raises(DataError, match="39 repeated subject ids"):
         jobs.fit_model(found, str(tmp_path / "model"), FIT, CLUSTER)

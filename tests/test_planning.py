@@ -5,15 +5,16 @@ import pytest
 
 from mmimpute import planning, registry
 from mmimpute.data import storage
+from mmimpute.data.shards import publish_table
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec, read_spec
-from tests.conftest import linear_cohort, write_cohort, write_table
+from tests.conftest import linear_cohort, write_cohort
 
 
 def test_bad_footers_are_set_aside_and_good_shards_stay(place, spec_file):
     write_cohort(place, rows=80, shards=4)
-    write_table(place, "x-missing.parquet", linear_cohort(5).drop_columns(["rna"]))
-    write_table(place, "x-empty.parquet", linear_cohort(5).slice(0, 0))
+    publish_table(place, "x-missing.parquet", linear_cohort(5).drop_columns(["rna"]))
+    publish_table(place, "x-empty.parquet", linear_cohort(5).slice(0, 0))
     storage.write(place, "x-broken.parquet", b"no parquet at all")
     found = planning.survey(place, read_spec(spec_file))
     assert [s.key for s in found.shards] == [f"part-00{i}.parquet" for i in range(4)]
@@ -28,9 +29,9 @@ def test_bad_footers_are_set_aside_and_good_shards_stay(place, spec_file):
 def test_a_column_belongs_to_a_prefix_if_most_shards_have_it(tmp_path):
     url, spec = str(tmp_path), CohortSpec(modalities={"s": ModalitySpec(prefix="s__")})
     for number in range(3):
-        write_table(url, f"{number}.parquet", pa.table({"subject_id": [number], "s__a": [1.0], "s__b": [2.0]}))
-    write_table(url, "3.parquet", pa.table({"subject_id": [3], "s__a": [1.0]}))
-    write_table(url, "4.parquet", pa.table({"subject_id": [4], "s__a": [1.0], "s__b": [2.0], "s__c": [2.0]}))
+        publish_table(url, f"{number}.parquet", pa.table({"subject_id": [number], "s__a": [1.0], "s__b": [2.0]}))
+    publish_table(url, "3.parquet", pa.table({"subject_id": [3], "s__a": [1.0]}))
+    publish_table(url, "4.parquet", pa.table({"subject_id": [4], "s__a": [1.0], "s__b": [2.0], "s__c": [2.0]}))
     found = planning.survey(url, spec)
     assert found.schema.modalities[0].columns == ("s__a", "s__b")
     assert list(found.set_aside) == ["3.parquet"]
@@ -44,7 +45,7 @@ def test_the_fingerprint_follows_data_and_schema(tmp_path, spec_file):
     assert planning.survey(url, spec).fingerprint == before
     without = spec.model_copy(update={"modalities": {k: v for k, v in spec.modalities.items() if k != "dx"}})
     assert planning.survey(url, without).fingerprint != before
-    write_table(url, "part-001.parquet", linear_cohort(20, seed=9))
+    publish_table(url, "part-001.parquet", linear_cohort(20, seed=9))
     assert planning.survey(url, spec).fingerprint != before
 
 
@@ -56,13 +57,13 @@ def test_nothing_to_work_on(tmp_path, spec_file):
     storage.write(url, "a.parquet", b"broken")
     with pytest.raises(UserError, match=r"no readable shard: shard a\.parquet"):
         planning.survey(url, spec)
-    write_table(url, "a.parquet", pa.table({"subject_id": [1], "labs": [[1.0]]}))
+    publish_table(url, "a.parquet", pa.table({"subject_id": [1], "labs": [[1.0]]}))
     with pytest.raises(UserError, match=r"modalities\.rna needs column 'rna'; the shards have 'subject_id', 'labs'"):
         planning.survey(url, spec)
 
 
 def test_a_model_that_does_not_fit_the_cohort(small_cohort, tmp_path):
-    write_table(str(tmp_path), "a.parquet", pa.table({"subject_id": ["a"], "labs": [[1.0, 2.0]]}))
+    publish_table(str(tmp_path), "a.parquet", pa.table({"subject_id": ["a"], "labs": [[1.0, 2.0]]}))
     with pytest.raises(UserError, match=r"no shard fits the cohort; the first of 1: shard a\.parquet"):
         planning.survey_for(str(tmp_path), registry.describe(small_cohort[2]).cohort)
 

@@ -206,24 +206,22 @@ def _modality_columns(modality: Modality, x: np.ndarray, imputed: Imputation, ou
         for suffix, values in zip(suffixes, completed, strict=True):
             features = modality.features if modality.layout == "list" else modality.features[at : at + 1]
             part = values if modality.layout == "list" else values[..., at : at + 1]
-            if suffix != "__std" or _spaced(features):
-                part = _in_units(part, features, spread=suffix == "__std")
+            part = _in_units(part, features, spread=suffix == "__std")
             arrays.append(_column(part, features, rows, out.field(column + suffix).type))
     return arrays
 
 
-def _spaced(features) -> bool:
-    return any(f.kind == "ordinal" for f in features)
-
-
 def _in_units(values: np.ndarray, features, spread: bool) -> np.ndarray:
-    """Level indices back to numeric levels; an expected index lies between two of them."""
+    """Level indices back to numeric levels; an expected index lies between two of them.
+
+    spread: values are standard deviations, which only an ordinal feature's spacing scales.
+    """
     for at, feature in enumerate(features):
-        if feature.levels and not isinstance(feature.levels[0], str):
+        if feature.levels and not isinstance(feature.levels[0], str) and not (spread and feature.kind == "categorical"):
             levels = np.asarray(feature.levels)
             values = values if values.flags.owndata else values.copy()
             if spread:
-                values[..., at] *= (levels[-1] - levels[0]) / max(len(levels) - 1, 1) if feature.kind == "ordinal" else 1
+                values[..., at] *= (levels[-1] - levels[0]) / max(len(levels) - 1, 1)
             else:
                 values[..., at] = np.interp(values[..., at], np.arange(len(levels)), levels)
     return values

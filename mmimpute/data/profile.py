@@ -83,14 +83,15 @@ def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float, tra
 
 
 def _text_levels(table: pa.Table, schema: CohortSchema) -> list[Counter | None]:
-    found = []
+    """Level -> records of each text feature, None for the others; lists hold numbers."""
+    found: list[Counter | None] = []
     for modality in schema.modalities:
-        texts = [is_text(value_type(table.schema.field(c).type)) for c in modality.columns]
         if modality.layout == "list":
-            texts *= len(modality.features)
-        for column, text in zip(modality.columns * len(texts), texts, strict=False):
-            counts = pc.value_counts(table.column(column).drop_null()) if text else None
-            found.append(Counter({v["values"]: v["counts"] for v in counts.to_pylist()}) if text else None)
+            found += [None] * len(modality.features)
+            continue
+        for column in map(table.column, modality.columns):
+            counts = pc.value_counts(column.drop_null()).to_pylist() if is_text(value_type(column.type)) else None
+            found.append(None if counts is None else Counter({c["values"]: c["counts"] for c in counts}))
     return found
 
 

@@ -1,5 +1,6 @@
 """Shards of a cohort: found by listing, read whole, checked against the schema."""
 
+import io
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -38,6 +39,18 @@ def open_shard(url: str, shard: Shard) -> pq.ParquetFile:
         raise DataError(shard.key, None, "no such object", "the shard that was listed", "run again") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(shard.key, error) from None
+
+
+def publish_table(url: str, key: str, table: pa.Table) -> None:
+    """Publishes a small table as one Parquet object, with page checksums."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    storage.write(url, key, sink.getvalue())
+
+
+def fetch_table(url: str, key: str) -> pa.Table:
+    """A whole Parquet object of our own. Raises FileNotFoundError."""
+    return pq.read_table(pa.BufferReader(storage.read(url, key)))
 
 
 def unreadable(key: str, error: Exception) -> DataError:

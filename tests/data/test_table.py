@@ -9,14 +9,13 @@ import pytest
 from deltalake import DeltaTable
 
 from mmimpute.data import storage, table
-from mmimpute.data.shards import Shard
-from tests.conftest import write_table
+from mmimpute.data.shards import Shard, publish_table
 
 
 def put(url: str, name: str, etag: str, rows: pa.Table, model: str = "m") -> str:
     key = table.output_key(Shard(name, etag, 1), model, "s")
     counts = json.dumps({"rows": len(rows), "from_prior": 1, "imputed": {"labs": {"rows": 1, "values": 2}}})
-    write_table(url, key, rows.replace_schema_metadata({table.COUNTS: counts}))
+    publish_table(url, key, rows.replace_schema_metadata({table.COUNTS: counts}))
     return key
 
 
