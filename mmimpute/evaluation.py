@@ -1,8 +1,14 @@
-"""How good the imputations are: every modality hidden in turn on held-out records, against the column mean.
+"""How good the imputations are: every modality hidden in turn, against the column mean.
+
+A record is imputed by the one member of the model that does not learn from its fold, and by that member's own stack: what
+is measured is what new people would get, a little less than the members give together.
 
 Skill = 1 - loss / loss of the training marginal; loss = CRPS of Gaussian(mean, std) for numbers, log-loss for binary
 and categorical features. 0 = no better than ignoring the record, 1 = perfect.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +19,10 @@ from sklearn.metrics import roc_auc_score
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.data.schema import Modality
 from mmimpute.data.tensors import to_model
+from mmimpute.model.imputer import Imputer
 from mmimpute.registry import Model
 
+INTERVAL = 0.9
 NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 MOST_CELLS = 20_000_000  # records x features in memory
 MOST_RECORDS = 10_000
@@ -37,12 +45,25 @@ def log_loss(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     return -(y * np.log(p) + (1 - y) * np.log1p(-p))
 
 
-def evaluate(model: Model, x: np.ndarray, marginals: dict) -> dict:
-    """Accuracy and calibration on held-out records x, n x width, NaN where not observed.
+@dataclass(frozen=True)
+class Hidden:
+    """What is said of one modality that was hidden, n x D each; experts: name -> (mean, std)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    drawn: np.ndarray
+    experts: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def evaluate(model: Model, x: np.ndarray, folds: np.ndarray, marginals: dict) -> dict:
+    """Accuracy and calibration on records x, n x width, NaN where not observed; folds: the member to ask about each.
 
     Per modality: the records that hold it and something else, with the whole modality hidden. marginals: mean and std
-    of the training split's columns (see `profile.marginals`). Modalities seen in fewer than SMALLEST_GROUP records are left out.
+    of the training data's columns (see `profile.marginals`). Modalities seen in fewer than SMALLEST_GROUP records are left out.
     """
+    members = [model.module.member(e) for e in range(model.module.config.members)]
     starts = np.cumsum([0, *model.widths])
     found = {}
     for at, modality in enumerate(model.schema.modalities):
@@ -50,41 +71,74 @@ def evaluate(model: Model, x: np.ndarray, marginals: dict) -> dict:
         others = np.delete(x, np.arange(own.start, own.stop), axis=1)
         rows = ~np.isnan(x[:, own]).all(1) & ~np.isnan(others).all(1)
         if modality.impute and rows.sum() >= SMALLEST_GROUP:
-            hidden = x[rows].copy()
+            order = [np.flatnonzero(rows & (folds == e)) for e in range(len(members))]
+            hidden = x[np.concatenate(order)]
             truth = hidden[:, own].copy()
             hidden[:, own] = np.nan
-            mean, std, draws = _predict(model, hidden, at)
+            parts = np.split(hidden, np.cumsum([len(o) for o in order])[:-1])
+            said = _joined([_ask(member, part, model.widths, at) for member, part in zip(members, parts, strict=True) if len(part)])
             m0, s0 = (np.array(marginals[modality.name][name]) for name in ("mean", "std"))
-            found[modality.name] = _score(modality, truth, mean, std, draws, m0, s0)
+            found[modality.name] = _score(modality, truth, said, m0, s0)
     return {"rows": len(x), "modalities": found}
 
 
-def _predict(model: Model, x: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    values, observed = to_model(x, model.widths)
+def _ask(member: Imputer, x: np.ndarray, widths: Sequence[int], at: int) -> Hidden:
+    values, observed = to_model(x, widths)
     with torch.inference_mode():
-        predicted = model.module.predict(values, observed)
-        drawn = model.module.impute([(v, 1) for v in values], generator=torch.Generator().manual_seed(0))
-    return predicted.mean[at].numpy(), predicted.std[at].numpy(), drawn[at].numpy()
+        predicted = member.predict(values, observed, INTERVAL)
+        drawn = member.impute([(v, 1) for v in values], generator=torch.Generator().manual_seed(0))[at]
+        experts = {name: tuple(t.numpy() for t in pair) for name, pair in member.experts(values, observed, at).items()}
+    found = (getattr(predicted, name)[at].numpy() for name in ("mean", "std", "lower", "upper"))
+    return Hidden(*found, drawn.numpy(), experts)
 
 
-def _score(modality: Modality, y, mean, std, draws, m0, s0) -> dict:
+def _joined(parts: list[Hidden]) -> Hidden:
+    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("mean", "std", "lower", "upper", "drawn")}
+    experts = {name: tuple(np.concatenate(a) for a in zip(*(p.experts[name] for p in parts), strict=True)) for name in parts[0].experts}
+    return Hidden(**arrays, experts=experts)
+
+
+def _features(modality: Modality, y, mean, std, m0, s0) -> list[dict]:
+    found = [_feature(f.name, f.kind, y[:, d], mean[:, d], std[:, d], m0[d], s0[d]) for d, f in enumerate(modality.features)]
+    return [f for f in found if f is not None]
+
+
+def _score(modality: Modality, y, said: Hidden, m0, s0) -> dict:
     kinds = np.array([f.kind for f in modality.features])
-    features = [_feature(f.name, f.kind, y[:, d], mean[:, d], std[:, d], m0[d], s0[d]) for d, f in enumerate(modality.features)]
-    scored = [f for f in features if f is not None]
+    mean, std, draws = said.mean, said.std, said.drawn
+    scored = _features(modality, y, mean, std, m0, s0)
     numbers = np.flatnonzero(~np.isin(kinds, ("binary", "categorical")))
-    binary = np.flatnonzero(kinds == "binary")
+    binary, real = (np.flatnonzero(kinds == kind) for kind in ("binary", "real"))
     return {
         "rows": len(y),
         "skill": _average(scored, "skill"),
         "r2": _average(scored, "r2"),
         "auroc": _average(scored, "auroc"),
         "features": scored,
+        "experts": _experts(modality, y, said, m0, s0),
+        "interval90": _covered(y[:, real], said.lower[:, real], said.upper[:, real]),
         **_intervals(y[:, numbers], mean[:, numbers], std[:, numbers]),
         **_reliability(y[:, binary], mean[:, binary]),
         "distributions": [_distribution(f.name, y[:, d], draws[:, d]) for d, f in enumerate(modality.features) if f.kind != "categorical"][
             :12
         ],
     }
+
+
+def _experts(modality: Modality, y, said: Hidden, m0, s0) -> dict[str, float | None]:
+    """Each expert's own skill on the features that it predicts."""
+    kept = [d for d, f in enumerate(modality.features) if f.kind in ("real", "binary")]
+    part = modality.model_copy(update={"features": tuple(modality.features[d] for d in kept)})
+    return {
+        name: _average(_features(part, y[:, kept], mean[:, kept], std[:, kept], m0[kept], s0[kept]), "skill")
+        for name, (mean, std) in said.experts.items()
+    }
+
+
+def _covered(y, lower, upper) -> float | None:
+    """Share of the values of real features inside the conformal 90% intervals."""
+    seen = ~np.isnan(y)
+    return float(((y >= lower) & (y <= upper))[seen].mean()) if seen.sum() >= SMALLEST_GROUP else None
 
 
 def _average(features: list[dict], name: str) -> float | None:

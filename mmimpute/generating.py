@@ -21,7 +21,7 @@ def generate_shard(model: Model, output: str, number: int, rows: int, seed: int)
     Subject ids say what they are: `synthetic-<seed>-<n>`, or negative where the cohort's ids are integers.
     """
     first = number * SHARD_ROWS
-    generator = torch.Generator(model.module.hide_K.device).manual_seed((seed << 32) + number)
+    generator = torch.Generator(model.module.device).manual_seed((seed << 32) + number)
     with torch.inference_mode():
         drawn = model.module.generate(rows, generator)
     subjects = _subjects(model.schema.subject_type, first, rows, seed)

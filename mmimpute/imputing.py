@@ -76,7 +76,7 @@ def _enriched_bytes(model: Model, shards: str, shard: Shard, key: str, settings:
     out = out.with_metadata({**(out.metadata or {}), **metadata})
     _check_ids(file, schema.subject_id, shard.key)
     clock.read += time.perf_counter() - began
-    generator = torch.Generator(model.module.hide_K.device).manual_seed(int(key[-40:-25], 16) + settings.seed)
+    generator = torch.Generator(model.module.device).manual_seed(int(key[-40:-25], 16) + settings.seed)
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, out, compression="zstd", write_page_checksum=True) as writer:
         for batch in _batches(file, shard.key, clock):
@@ -123,7 +123,7 @@ def predict(
     """What the model says of every value of the imputed modalities, and the shared latent where it is wanted."""
     x, observed = to_model(flat(records), model.widths, generator.device)
     with torch.inference_mode():
-        predicted = model.module.predict(x, observed, only_missing=True)
+        predicted = model.module.predict(x, observed)
         draws = model.module.impute([(v, 1) for v in x], settings.draws, generator) if settings.draws else [None] * len(x)
     names = [m.name for m in model.schema.modalities]
     imputed = {

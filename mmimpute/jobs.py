@@ -13,7 +13,7 @@ from mmimpute.cluster.impute import impute_shards
 from mmimpute.data import profile, storage, table
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard
-from mmimpute.data.split import BOUNDS
+from mmimpute.data.split import fold, members_for
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
 from mmimpute.evaluation import evaluate, most_records
@@ -24,7 +24,7 @@ from mmimpute.planning import Survey, by_layout, columns_of, survey, survey_for
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
-LEAST_ROWS = 50  # fewer records are no training data
+LEAST_ROWS = 60  # fewer records are no training data
 
 
 def ignore(_: dict) -> None:
@@ -38,7 +38,7 @@ def describe_cohort(url: str, cluster: ClusterSettings, on_shard: Progress = ign
     with runtime.cluster(cluster):
         while True:
             found = survey(url, spec)
-            seen, bad = _observe(found, False, on_shard)
+            seen, bad = _observe(found, on_shard)
             kept = without_free_text(spec, found.schema, seen)
             if kept == spec:
                 break
@@ -48,11 +48,9 @@ def describe_cohort(url: str, cluster: ClusterSettings, on_shard: Progress = ign
     return {"profile": profile.report(schema, seen), "spec": text, "set_aside": found.set_aside | bad}
 
 
-def _observe(found: Survey, training_only: bool, on_shard: Progress) -> tuple[profile.Statistics, dict[str, str]]:
+def _observe(found: Survey, on_shard: Progress) -> tuple[profile.Statistics, dict[str, str]]:
     total = len(found.shards)
-    return ingest.profile(
-        found.url, found.shards, found.schema, found.rows, training_only, lambda done: on_shard({"profiled": done, "of": total})
-    )
+    return ingest.profile(found.url, found.shards, found.schema, found.rows, lambda done: on_shard({"profiled": done, "of": total}))
 
 
 def fingerprint(found: Survey, settings: FitSettings) -> str:
@@ -82,12 +80,11 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         aside = registry.read_record(place, "set_aside") or {}
         return {"digest": name, "model": place, "trained": False, "set_aside": aside, "seconds": 0.0}
     with runtime.cluster(cluster):
-        seen, bad = _observe(found, True, on_progress)
+        seen, bad = _observe(found, on_progress)
         schema, seen = profile.settle(found.schema, seen)
-        low, high = BOUNDS["train"]
-        rows = int(seen.rows * (high - low))
+        rows = seen.rows
         if rows < LEAST_ROWS:
-            raise UserError(f"{found.url}: about {rows} training records; a model needs {LEAST_ROWS} or more")
+            raise UserError(f"{found.url}: {rows} records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
         layouts = _layouts(found, bad, schema)
         job = training.Job(fitted_on, found.url, layouts, schema, model_config(schema, rows, settings), statistics, rows, settings)
@@ -113,22 +110,24 @@ def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> Mode
         ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide)
         for m in schema.modalities
     )
-    return ModelConfig.for_rows(modalities, rows, **({"shared": settings.z0} if settings.z0 else {}))
+    sizes = {"members": members_for(rows)} | ({"shared": settings.z0} if settings.z0 else {})
+    return ModelConfig.for_rows(modalities, rows, **sizes)
 
 
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
-    """Accuracy on the shards' held-out subjects (see `evaluation.evaluate`).
+    """Accuracy on subjects by the member that does not learn from their fold (see `evaluation.evaluate`).
 
-    Raises UserError where no subject is held out.
+    Raises UserError where no subject is in a fold.
     """
     model = registry.load(place)
     with runtime.cluster(cluster):
         bad = registry.read_record(place, "set_aside") or {}
-        held_out = ingest.records(found.url, _layouts(found, bad, model.schema), model.schema, "held_out")
-        x = ingest.take(held_out, most_records(model.schema.width))
+        members = model.module.config.members
+        judges = ingest.records(found.url, _layouts(found, bad, model.schema), model.schema, lambda place: fold(place, members) >= 0)
+        x, place = ingest.take(judges, most_records(model.schema.width))
     if x is None or not len(x):
-        raise UserError(f"{found.url}: no held-out record among {found.rows}; give more records")
-    return evaluate(model, x, registry.read_record(model.url, "marginals"))
+        raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
+    return evaluate(model, x, fold(place, members), registry.read_record(model.url, "marginals"))
 
 
 def impute_table(

@@ -25,7 +25,7 @@ from mmimpute.data import storage
 from mmimpute.data.schema import CohortSchema
 from mmimpute.errors import UserError
 from mmimpute.model.config import ModelConfig
-from mmimpute.model.vae import MultiModalVAE
+from mmimpute.model.imputer import Imputer
 
 CHAMPION = "champion.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -48,7 +48,7 @@ class Model:
     url: str
     digest: str
     file: ModelFile
-    module: MultiModalVAE
+    module: Imputer
 
     @property
     def schema(self) -> CohortSchema:
@@ -59,7 +59,7 @@ class Model:
         return [len(m.features) for m in self.schema.modalities]
 
 
-def save(home: str, module: MultiModalVAE, schema: CohortSchema, fitted_on: str) -> str:
+def save(home: str, module: Imputer, schema: CohortSchema, fitted_on: str) -> str:
     """Writes a model under its digest and returns that. It is nobody's champion yet."""
     config = dataclasses.asdict(module.config)
     file = ModelFile(version=mmimpute.__version__, fitted_on=fitted_on, cohort=schema, config=config).model_dump_json(indent=1).encode()
@@ -119,7 +119,7 @@ def load(url: str) -> Model:
     file, text = _parse(place)
     try:
         weights = _weights(place)
-        module = MultiModalVAE.from_state(ModelConfig.from_dict(file.config), load_weights(weights))
+        module = Imputer.from_state(ModelConfig.from_dict(file.config), load_weights(weights))
     except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place}: a damaged model, or one of another version of mmimpute ({str(error)[:200]})") from None
     if len(module.config.modalities) != len(file.cohort.modalities):

@@ -25,7 +25,7 @@ TUNE_SEED = 7
 class OptimiserSettings:
     """AdamW with a cosine schedule and an exponential average of the weights."""
 
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0  # largest gradient norm
@@ -84,13 +84,13 @@ class Training:
         self.model = getattr(self.module, "module", self.module)
         self.settings, self.total_steps, self.rank, self.done = settings, max(1, total_steps), rank, 0
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=settings.betas)
+        self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=settings.betas, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weight decay is for matrices; biases and cut points are free."""
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        free = [p for p in self.model.parameters() if p.dim() <= 1]
+        decayed = [p for name, p in self.model.named_parameters() if name.endswith("weight")]
+        free = [p for name, p in self.model.named_parameters() if not name.endswith("weight")]
         return [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
 
     def _rate(self, step: int) -> float:
@@ -103,22 +103,28 @@ class Training:
     def device(self) -> torch.device:
         return self.model.hide_K.device
 
-    def step(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> dict[str, float]:
-        """One update; returns the batch's named terms (see `summarise`) and the objective as `loss`."""
+    def step(self, x: Sequence[Tensor], observed: Sequence[Tensor], fold_B: Tensor | None = None) -> dict[str, float]:
+        """One update; returns the batch's named terms (see `summarise`) and the objective as `loss`.
+
+        Member e does not learn from records of fold e; without folds every member learns from all.
+        """
         self.module.train()
         rise = self.settings.elbo_warmup * self.total_steps
         scale = min(1.0, (self.done + 1) / rise) if rise else 1.0
         seed = (self.settings.seed * 1_000_003 + self.done) * 4_096 + self.rank
         with seeded(seed, self.device), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            terms = self.module(x, observed, scale)
+            terms = self.module(x, observed, None if fold_B is None else (fold_B != self._index_E1()).float(), scale)
         self.optimiser.zero_grad()
         terms.objective.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip * math.sqrt(self.model.config.members))
         self.optimiser.step()
         self.schedule.step()
         self.done += 1
         self._update_average()
-        return summarise(self._sums(terms)) | {"loss": terms.objective.item()}
+        return summarise(self._sums(terms)) | {"loss": terms.objective.item() / self.model.config.members}
+
+    def _index_E1(self) -> Tensor:
+        return torch.arange(self.model.config.members, device=self.device)[:, None]
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -127,32 +133,36 @@ class Training:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     @torch.no_grad()
-    def tune(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def tune(self, batches: Iterable[tuple]) -> dict[str, float]:
         """Sums over the batches with the averaged weights, hiding the same values in every epoch.
 
+        A batch is (values, masks) or (values, masks, folds): with folds a record judges the member that did not see it.
         Everything returned adds up over batches and ranks; `summarise` makes means of it.
         """
         total: dict[str, float] = defaultdict(float)
         with seeded(TUNE_SEED, self.device):
-            for x, observed in batches:
-                for name, value in self._sums(self.average(x, observed)).items():
+            for x, observed, *folds in batches:
+                weight_EB = (folds[0] == self._index_E1()).float() if folds else None
+                for name, value in self._sums(self.average(x, observed, weight_EB)).items():
                     total[name] += value
         return dict(total)
 
     def _sums(self, terms: LossTerms) -> dict[str, float]:
-        """Named sums and counts; one transfer from the device."""
+        """Named sums and counts over records and members; one transfer from the device."""
+        weight_EB, some = terms.weight_EB, terms.shared_kl_ER.shape[1]
         columns = {
-            "reconstruction": terms.reconstruction_BK,
-            "private_kl": terms.private_kl_BK,
-            "impute": terms.impute_BK,
-            "score": terms.score_BK,
-            "observed": terms.observed_BK,
-            "hidden": terms.hidden_BK,
+            "reconstruction": terms.reconstruction_ERK,
+            "private_kl": terms.private_kl_ERK,
+            "impute": terms.impute_EBK,
+            "score": terms.score_EBK,
+            "observed": terms.observed_BK[:some].expand(len(weight_EB), -1, -1),
+            "hidden": terms.hidden_BK.expand(len(weight_EB), -1, -1),
         }
-        flat = torch.cat([terms.elbo_B.sum()[None], terms.shared_kl_B.sum()[None], *(c.sum(0) for c in columns.values())]).tolist()
+        weighted = lambda t: torch.einsum("eb,ebk->k", weight_EB[:, : t.shape[1]], t.to(weight_EB.dtype))  # noqa: E731
+        whole = [terms.elbo_ER, terms.shared_kl_ER, torch.ones_like(terms.shared_kl_ER), torch.ones_like(weight_EB)]
+        flat = torch.cat([weighted(t[..., None]) for t in whole] + [weighted(c) for c in columns.values()]).tolist()
         names = [m.name for m in self.model.config.modalities]
-        keys = ["elbo", "shared_kl"] + [f"{n}.{c}" for c in columns for n in names]
-        return dict(zip(keys, flat, strict=True)) | {"rows": float(len(terms.shared_kl_B))}
+        return dict(zip(["elbo", "shared_kl", "elbo_rows", "rows"] + [f"{n}.{c}" for c in columns for n in names], flat, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -178,9 +188,10 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     marginal). `elbo`, `impute`, `shared_kl` are nats per record; `<modality>.reconstruction` and `.private_kl` nats
     per record that has it; `<modality>.impute` nats and `.score` the score per record in which it was hidden.
     """
-    rows = max(1.0, sums["rows"])
+    rows, elbo_rows = max(1.0, sums["rows"]), max(1.0, sums["elbo_rows"])
     names = [k.removesuffix(".hidden") for k in sums if k.endswith(".hidden")]
-    out = {"elbo": sums["elbo"] / rows, "impute": sum(sums[f"{n}.impute"] for n in names) / rows, "shared_kl": sums["shared_kl"] / rows}
+    out = {"elbo": sums["elbo"] / elbo_rows, "shared_kl": sums["shared_kl"] / elbo_rows}
+    out["impute"] = sum(sums[f"{n}.impute"] for n in names) / rows
     for n in names:
         for term, count in (("reconstruction", "observed"), ("private_kl", "observed"), ("impute", "hidden"), ("score", "hidden")):
             if sums[f"{n}.{count}"]:
@@ -198,32 +209,40 @@ class Fitted:
 
 
 def fit_in_memory(
-    model: MultiModalVAE, train: Batch, tune: Batch, settings: OptimiserSettings = OptimiserSettings(), plan: Schedule | None = None
+    model: MultiModalVAE,
+    data: Batch,
+    fold_N: Tensor,
+    settings: OptimiserSettings = OptimiserSettings(),
+    plan: Schedule | None = None,
 ) -> Fitted:
-    """The loop without a cluster, over tensors that fit in memory."""
-    rows = train[0][0].shape[0]
+    """The loop without a cluster, over tensors that fit in memory; fold -1 trains every member and judges none."""
+    rows = len(fold_N)
     plan = plan or schedule(rows)
     training = Training(model, settings, plan.total_steps)
     shuffle = torch.Generator().manual_seed(settings.seed)
+    judges_N = fold_N >= 0
+    tune = (*take(data, judges_N), fold_N[judges_N])
+    learns_N = (fold_N < 0) | (model.config.members > 1)
+    train, train_fold_N = take(data, learns_N), fold_N[learns_N]
     best, best_loss, best_epoch, history = copy.deepcopy(training.average), math.inf, 0, []
     for epoch in range(plan.epochs):
-        order = torch.randperm(rows, generator=shuffle)
-        steps = [training.step(*take(train, order[i * plan.batch : (i + 1) * plan.batch])) for i in range(plan.steps_per_epoch)]
-        result = summarise(training.tune(in_batches(tune, 1024)))
+        order = torch.randperm(len(train_fold_N), generator=shuffle)
+        batches = order[: plan.steps_per_epoch * plan.batch].split(plan.batch)
+        steps = [training.step(*take(train, index), train_fold_N[index]) for index in batches]
+        result = summarise(training.tune((*take(tune, i), tune[2][i]) for i in slices(len(tune[2]), 1024)))
         history.append({"epoch": epoch, "train_loss": sum(s["loss"] for s in steps) / len(steps)} | result)
         if result["loss"] < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(training.average), result["loss"], epoch
         if epoch - best_epoch >= plan.patience:
             break
-    best.prior.fit(sum(best.posterior_moments(*batch) for batch in in_batches(train, 1024)))
+    best.prior.fit(sum(best.posterior_moments(*take(train, i)) for i in slices(len(train_fold_N), 1024)))
     return Fitted(best, history)
 
 
-def take(batch: Batch, index: Tensor | slice) -> Batch:
-    """Some rows of a batch."""
+def take(batch: Sequence, index: Tensor | slice) -> Batch:
+    """Some rows of the values and masks of a batch."""
     return [t[index] for t in batch[0]], [t[index] for t in batch[1]]
 
 
-def in_batches(data: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, data[0][0].shape[0], size):
-        yield take(data, slice(start, start + size))
+def slices(rows: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, rows, size)]

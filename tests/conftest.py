@@ -95,20 +95,20 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     from mmimpute import jobs, planning, registry
     from mmimpute.data import profile
     from mmimpute.data import shards as shard_files
+    from mmimpute.model.imputer import Imputer
     from mmimpute.model.standardise import FeatureStatistics
-    from mmimpute.model.vae import MultiModalVAE
     from mmimpute.spec import FitSettings, read_spec
 
     found = planning.survey(url, read_spec(spec_path))
     tables = [shard_files.read_table(url, s, found.schema) for s in found.shards]
-    seen = [profile.observe(t, found.schema, "s", 1.0, True) for t in tables]
+    seen = [profile.observe(t, found.schema, "s", 1.0) for t in tables]
     total = seen[0]
     for part in seen[1:]:
         total = profile.merge(total, part)
     schema, total = profile.settle(found.schema, total)
     torch.manual_seed(0)
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, total).items()}
-    module = MultiModalVAE(jobs.model_config(schema, 600, FitSettings()), statistics)
+    module = Imputer.untrained(jobs.model_config(schema, 600, FitSettings()), statistics, 600)
     name = registry.save(home, module.eval(), schema, "untrained")
     registry.promote(home, name)
     return storage.join(home, name)

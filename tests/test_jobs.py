@@ -104,10 +104,10 @@ def test_impute_publishes_good_shards_once_and_commits(cohort, bucket_url):
 def test_evaluation_beats_the_column_mean(cohort):
     shards, spec, _, fitted, _ = cohort
     found = jobs.evaluate_model(planning.survey(shards, read_spec(spec)), fitted["model"], CLUSTER)
-    assert 100 < found["rows"] < 200
+    assert found["rows"] == 1500
     for name, modality in found["modalities"].items():
         assert modality["skill"] > 0.1, name
-        assert modality["rows"] <= found["rows"]
+        assert modality["rows"] <= found["rows"] and set(modality["experts"]) == {"vae", "additive", "gaussian"}
     assert found["modalities"]["labs"]["r2"] > 0.3
 
 
@@ -151,8 +151,10 @@ def test_shards_that_spell_their_types_differently_are_read_together(tmp_path, s
     layouts = planning.by_layout(found.url, found.shards, found.schema.columns)
     assert [len(group) for group in layouts] == [1, 1]
     schema = registry.describe(small_cohort[2]).cohort
-    x = {split: ingest.take(ingest.records(found.url, layouts, schema, split), 1000) for split in ("train", "tune", "held_out")}
-    assert sum(map(len, x.values())) == 400 and x["train"].shape[1] == 13
+    x, place = ingest.take(ingest.records(found.url, layouts, schema), 1000)
+    assert x.shape == (400, 13) and len(np.unique(place)) == 400
+    few, _ = ingest.take(ingest.records(found.url, layouts, schema, lambda p: p < np.median(place)), 1000)
+    assert len(few) == 200
 
 
 def test_describe_drafts_a_spec_that_works(cohort, tmp_path):
@@ -184,5 +186,5 @@ def test_no_good_shard(tmp_path, spec_file):
 
 def test_too_few_records(tmp_path, spec_file):
     write_cohort(str(tmp_path), rows=30, shards=1)
-    with pytest.raises(UserError, match="a model needs 50"):
+    with pytest.raises(UserError, match="a model needs 60"):
         jobs.fit_model(planning.survey(str(tmp_path), read_spec(spec_file)), str(tmp_path / "model"), FIT, CLUSTER)

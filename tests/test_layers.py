@@ -15,7 +15,7 @@ LAYERS = [
     ("mmimpute.population",),
     ("mmimpute.jobs",),
     ("mmimpute.cluster",),
-    ("mmimpute.training", "mmimpute.imputing", "mmimpute.generating", "mmimpute.evaluation", "mmimpute.report"),
+    ("mmimpute.training", "mmimpute.stacking", "mmimpute.imputing", "mmimpute.generating", "mmimpute.evaluation", "mmimpute.report"),
     ("mmimpute.registry", "mmimpute.planning", "mmimpute.drafting"),
     ("mmimpute.data",),
     ("mmimpute.model",),

@@ -5,6 +5,7 @@ not: an epoch over a Ray Data iterator costs seconds even for a small cohort.
 """
 
 import math
+import os
 import tempfile
 import threading
 import time
@@ -28,19 +29,22 @@ from mmimpute.cluster.ingest import records
 from mmimpute.data import storage
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard
+from mmimpute.data.split import fold
 from mmimpute.data.tensors import split
 from mmimpute.model.config import ModelConfig
+from mmimpute.model.imputer import Imputer
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
+from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, Schedule, Training, schedule, summarise
 
 STATE = "state.pt"
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 TUNE_BATCH = 1024
-TUNE_BYTES = 64 << 20  # a larger tune split is judged on its first part
+TUNE_BYTES = 64 << 20  # of records that judge; more of them are not looked at
+MOST_LEARNERS, MOST_JUDGES = 20_000, 10_000  # records to which the other experts and the stack are fitted
 SHUFFLED_BATCHES = 16  # held for shuffling while streaming
-MOST_THREADS = 4  # of a CPU worker
 RESTARTS = 3  # of the workers, after a crash
 Progress = Callable[[dict], None]
 
@@ -61,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Fitted:
-    module: MultiModalVAE
+    module: Imputer
     history: list[dict[str, float]]
 
 
@@ -77,7 +81,7 @@ def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=_loop_config(job, workers) | {"queue": queue},
-        datasets={name: records(job.shards_url, job.layouts, job.schema, name) for name in ("train", "tune")},
+        datasets={"train": records(job.shards_url, job.layouts, job.schema)},
         dataset_config=train.DataConfig(execution_options=_ordered()),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=_gpus(job) > 0, resources_per_worker=_resources(job, workers)),
         run_config=train.RunConfig(
@@ -91,8 +95,7 @@ def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
     with _forwarded(queue, on_epoch):
         result = trainer.fit()
     state = _read_state(result.checkpoint)
-    module = MultiModalVAE.from_state(job.config, state["best"]["weights"])
-    return Fitted(module, state["best"]["history"])
+    return Fitted(Imputer.from_state(job.config, state["best"]["weights"]), state["best"]["history"])
 
 
 def clear(home: str, name: str) -> None:
@@ -120,14 +123,8 @@ def _gpus(job: Job) -> float:
 
 
 def _resources(job: Job, workers: int) -> dict[str, float]:
-    """Workers that held every CPU would wait for ever for the tasks that read their data.
-
-    Ray gives torch as many threads as a worker has CPUs. More threads than free cores wait for each other at every
-    small product: two on a busy 2-core machine took 296 s for the epochs that one did in 54.
-    """
-    share = (runtime.cpus() - 1) / workers
-    cpus = float(min(MOST_THREADS, runtime.cpus_per_node(), int(share))) if share >= 1 else max(share, 0.5 / workers)
-    return {"CPU": cpus} | ({"GPU": _gpus(job)} if _gpus(job) else {})
+    """Workers that held every CPU would wait for ever for the tasks that read their data, which are idle later on."""
+    return {"CPU": 0.5 / workers} | ({"GPU": _gpus(job)} if _gpus(job) else {})
 
 
 def _ordered() -> ray.data.ExecutionOptions:
@@ -156,8 +153,8 @@ def _forwarded(queue: Queue, on_epoch: Progress) -> Iterator[None]:
         queue.shutdown()
 
 
-def load(shard: ray.data.DataIterator, limit: float) -> tuple[torch.Tensor, bool]:
-    """This rank's records up to `limit` bytes, and whether those are all.
+def load(shard: ray.data.DataIterator, limit: float, members: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """This rank's records up to `limit` bytes, their folds, and whether those are all.
 
     In the order of their hash, so that nothing depends on the order in which they came.
     """
@@ -169,35 +166,53 @@ def load(shard: ray.data.DataIterator, limit: float) -> tuple[torch.Tensor, bool
         pieces.append(batch["x"])
         places.append(batch["place"])
         size += batch["x"].nbytes
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return torch.from_numpy(np.concatenate(pieces)[order]), whole
+    place = np.concatenate(places)
+    order = np.argsort(place, kind="stable")
+    return torch.from_numpy(np.concatenate(pieces)[order]), torch.from_numpy(fold(place[order], members)), whole
 
 
 class RankRecords:
-    """This rank's training records: in memory where they fit into `limit` bytes, else streamed anew every epoch."""
+    """This rank's records: in memory where they fit into `limit` bytes, else streamed anew every epoch.
 
-    def __init__(self, shard: ray.data.DataIterator, device: torch.device, limit: float):
-        self.shard, self.device = shard, device
-        x_ND, whole = load(shard, limit)
-        self.x_ND = x_ND if whole else None
+    A single member learns nothing from the fold that judges it; of several, every record teaches all but one.
+    """
 
-    def epoch(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
-        """`steps` shuffled batches of `size` records."""
-        if self.x_ND is None:
+    def __init__(self, shard: ray.data.DataIterator, device: torch.device, limit: float, members: int):
+        self.shard, self.device, self.members = shard, device, members
+        self.x_ND, self.fold_N, self.whole = load(shard, limit, members)
+        self.learners = ((self.fold_N < 0) | (members > 1)).nonzero().squeeze(1)
+
+    def judges(self, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records that judge a member, up to `limit` bytes, and their folds."""
+        rows = (self.fold_N >= 0).nonzero().squeeze(1)[: max(1, int(limit / (4 * self.x_ND.shape[1])))]
+        return self.x_ND[rows].to(self.device), self.fold_N[rows].to(self.device)
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records for the other experts and the stack, and their folds."""
+        if len(self.fold_N) <= MOST_LEARNERS + MOST_JUDGES:
+            return self.x_ND, self.fold_N
+        rows = torch.cat([(self.fold_N < 0).nonzero().squeeze(1)[:MOST_LEARNERS], (self.fold_N >= 0).nonzero().squeeze(1)[:MOST_JUDGES]])
+        return self.x_ND[rows], self.fold_N[rows]
+
+    def epoch(self, seed: int, size: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`steps` shuffled batches of `size` records and their folds."""
+        if not self.whole:
             yield from self._stream(seed, size, steps)
             return
-        order = torch.randperm(len(self.x_ND), generator=torch.Generator().manual_seed(seed))
+        order = self.learners[torch.randperm(len(self.learners), generator=torch.Generator().manual_seed(seed))]
         while len(order) < steps * size:  # a rank may hold a few records fewer than planned
             order = torch.cat([order, order])
         for step in range(steps):
-            yield self.x_ND[order[step * size : (step + 1) * size]].to(self.device)
+            rows = order[step * size : (step + 1) * size]
+            yield self.x_ND[rows].to(self.device), self.fold_N[rows].to(self.device)
 
-    def _stream(self, seed: int, size: int, steps: int) -> Iterator[torch.Tensor]:
+    def _stream(self, seed: int, size: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         left = steps
         options = {"batch_size": size, "local_shuffle_buffer_size": SHUFFLED_BATCHES * size, "local_shuffle_seed": seed}
         while left:
             for batch in self.shard.iter_torch_batches(**options):
-                yield batch["x"].to(self.device)
+                folds = torch.from_numpy(fold(batch["place"].numpy(), self.members))
+                yield batch["x"].to(self.device), folds.to(self.device)
                 left -= 1
                 if not left:
                     return
@@ -213,16 +228,18 @@ def train_loop(loop: dict[str, Any]) -> None:
         best = state["best"]
     device = training.device
     share = loop["cache_share"] * psutil.virtual_memory().total / context.get_local_world_size()
-    data = RankRecords(train.get_dataset_shard("train"), device, share)
-    tune = load(train.get_dataset_shard("tune"), TUNE_BYTES)[0].to(device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    data = RankRecords(train.get_dataset_shard("train"), device, share, training.model.config.members)
+    tune = data.judges(TUNE_BYTES)
     reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None)
     if best["stopped"]:
         reporter.report({}, last=True)
     while not best["stopped"]:
         epoch, began = len(best["history"]), time.perf_counter()
         seed = loop["settings"]["seed"] * 100_003 + epoch
-        steps = [training.step(*split(x, loop["widths"])) for x in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
-        tuned = summarise(_all_reduce(training.tune(split(x, loop["widths"]) for x in tune.split(TUNE_BATCH)), device))
+        steps = [training.step(*split(x, loop["widths"]), folds) for x, folds in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
+        judged = zip(*(t.split(TUNE_BATCH) for t in tune), strict=True)
+        tuned = summarise(_all_reduce(training.tune((*split(x, loop["widths"]), folds) for x, folds in judged), device))
         seconds = time.perf_counter() - began
         rows = plan.steps_per_epoch * plan.batch * context.get_world_size()
         record = {"epoch": epoch + 1, "epochs": plan.epochs, "seconds": seconds, "rows_per_second": rows / seconds}
@@ -231,6 +248,8 @@ def train_loop(loop: dict[str, Any]) -> None:
         _judge(best, record, training, loop["patience"], plan)
         if best["stopped"]:
             _fit_prior(best, training, data.epoch(0, plan.batch, plan.steps_per_epoch), loop["widths"])
+            if reporter.queue is not None:
+                _assemble(best, training, data.sample(), loop["widths"])
         reporter.report(record, last=best["stopped"])
 
 
@@ -268,11 +287,17 @@ def _weights(training: Training) -> dict[str, torch.Tensor]:
 def _fit_prior(best: dict[str, Any], training: Training, batches: Iterator[torch.Tensor], widths: list[int]) -> None:
     """p(z0) of the best weights takes the moments of the posteriors of all ranks' records (see `model.prior`)."""
     training.average.load_state_dict(best["weights"])
-    total_MM = sum(training.average.posterior_moments(*split(x, widths)) for x in batches)
+    total_EMM = sum(training.average.posterior_moments(*split(x, widths)) for x, _ in batches)
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total_MM)
-    training.average.prior.fit(total_MM)
-    best["weights"] = _weights(training)
+        torch.distributed.all_reduce(total_EMM)
+    training.average.prior.fit(total_EMM)
+
+
+def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> None:
+    """The whole model around the trained VAE, from rank 0's records: its weights take the place of the VAE's."""
+    x, folds = sample
+    imputer = assemble(training.average.cpu(), *split(x, widths), folds)
+    best["weights"] = {name: t.detach().contiguous() for name, t in imputer.state_dict().items()}
 
 
 class Reporter:

@@ -12,9 +12,10 @@ from mmimpute.data.arrow import decode, flat
 from mmimpute.data.profile import Statistics, merge, observe, sample_share
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, read_table
-from mmimpute.data.split import Split, member, position
+from mmimpute.data.split import position
 from mmimpute.errors import DataError
 
+Chosen = Callable[[np.ndarray], np.ndarray]
 MOST_BLOCKS = 2_000  # of a dataset of shards: enough to balance the work, few enough for the driver
 
 
@@ -34,7 +35,6 @@ def profile(
     shards: list[Shard],
     schema: CohortSchema,
     rows: int,
-    training_only: bool,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Statistics, dict[str, str]]:
     """One streaming pass over the shards: their merged statistics, and the shards set aside with the reason.
@@ -46,7 +46,7 @@ def profile(
     def observe_batch(batch: pa.Table) -> dict[str, np.ndarray]:
         (shard,) = shards_of(batch)
         try:
-            found, error = observe(read_table(url, shard, schema), schema, shard.key, share, training_only), None
+            found, error = observe(read_table(url, shard, schema), schema, shard.key, share), None
         except DataError as problem:
             found, error = None, problem
         return {"found": _objects(found), "error": _objects(error)}
@@ -70,18 +70,18 @@ def _objects(value) -> np.ndarray:
     return column
 
 
-def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, split: Split) -> Dataset:
-    """Records of one split, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id.
+def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, chosen: Chosen = lambda place: place >= 0) -> Dataset:
+    """Records, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id.
 
-    layouts: the shards, in groups of one layout (see `planning.by_layout`).
+    layouts: the shards, in groups of one layout (see `planning.by_layout`). chosen: which places.
     """
     filesystem, root = storage.arrow_filesystem(url)
 
     def to_records(batch: pa.Table) -> dict[str, np.ndarray]:
         place = position(batch.column(schema.subject_id))
-        chosen = member(place, split)
-        batch = batch.filter(pa.array(chosen))
-        return {"x": flat(decode(batch, schema, "being read")), "place": place[chosen]}
+        kept = chosen(place)
+        batch = batch.filter(pa.array(kept))
+        return {"x": flat(decode(batch, schema, "being read")), "place": place[kept]}
 
     def read(shards: list[Shard]) -> Dataset:
         paths = [f"{root}/{s.key}" for s in shards]
@@ -92,15 +92,15 @@ def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, split: S
     return first.union(*others) if others else first
 
 
-def take(dataset: Dataset, most: int) -> np.ndarray:
-    """At most `most` records in memory, n x width: those first in the order of their hash, whatever order they came in."""
+def take(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` records in memory, n x width, and their places: the first in the order of their hash, however they came."""
     x, place = None, None
     for batch in dataset.iter_batches(batch_format="numpy", batch_size=None):
         x = batch["x"] if x is None else np.concatenate([x, batch["x"]])
         place = batch["place"] if place is None else np.concatenate([place, batch["place"]])
         first = np.argsort(place, kind="stable")[:most]
         x, place = x[first], place[first]
-    return x
+    return x, place
 
 
 def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Iterator[dict]:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from mmimpute.data.arrow import decode, flat
 from mmimpute.data.schema import CohortSchema, Feature, Modality, is_text, value_type
-from mmimpute.data.split import member, position
+from mmimpute.data.split import position
 from mmimpute.errors import UserError
 
 SMALLEST_GROUP = 10
@@ -26,11 +26,7 @@ MOST_ORDINAL = 11  # levels; scales from 0 to 10 are common
 
 @dataclass
 class Statistics:
-    """Mergeable statistics of some records. Per-feature arrays run over all modalities side by side (D = schema.width).
-
-    What the model learns from (count to m2, and the sample) is of the training split where that was asked for;
-    what describes the columns (all else) is of all records.
-    """
+    """Mergeable statistics of some records. Per-feature arrays run over all modalities side by side (D = schema.width)."""
 
     rows: int
     present: np.ndarray  # K, records that hold the modality
@@ -51,15 +47,12 @@ def sample_share(rows: int, width: int) -> float:
     return min(1.0, max(2_000, min(SAMPLE_CELLS // width, 50_000)) / max(rows, 1))
 
 
-def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float, training_only: bool) -> Statistics:
+def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float) -> Statistics:
     """Statistics of one shard's records. Raises DataError as `decode` does."""
     records = decode(table, schema, shard)
     ids = table.column(schema.subject_id)
     present = np.stack([~np.isnan(x).all(1) for x in records.values()], 1)
-    chosen = member(position(ids), "train") if training_only else np.ones(len(ids), bool)
-    everyone = flat(records)
-    observed = ~np.isnan(everyone)
-    x = everyone[chosen]
+    x = flat(records)
     seen = ~np.isnan(x)
     count = seen.sum(0)
     filled = np.where(seen, x, 0).astype(np.float64)
@@ -74,11 +67,11 @@ def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float, tra
         count=count,
         mean=mean,
         m2=m2,
-        least=np.where(observed, everyone, np.inf).min(0, initial=np.inf),
-        most=np.where(observed, everyone, -np.inf).max(0, initial=-np.inf),
-        whole=(~observed | (np.where(observed, everyone, 0) % 1 == 0)).all(0),
+        least=np.where(seen, x, np.inf).min(0, initial=np.inf),
+        most=np.where(seen, x, -np.inf).max(0, initial=-np.inf),
+        whole=(~seen | (np.where(seen, x, 0) % 1 == 0)).all(0),
         levels=_text_levels(table, schema),
-        sample=[x if share >= 1 else x[(position(ids, "sample") < share)[chosen]]],
+        sample=[x if share >= 1 else x[position(ids, "sample") < share]],
     )
 
 

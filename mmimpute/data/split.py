@@ -1,16 +1,22 @@
-"""Which subjects train, which tune, which are held out: a hash of the subject id, so that it never changes.
+"""Which members of a model learn from a subject: a hash of the subject id, so that it never changes.
 
-New data leaves every earlier subject where it was, and a subject's records are never in two splits.
+Member e does not learn from fold e, so every record of a fold judges one member: it stops its training, fits the stack and
+the intervals, and gives the accuracy table. New data leaves every earlier subject where it was, and a subject's records are
+never in two folds.
 """
 
 import hashlib
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-Split = Literal["train", "tune", "held_out"]
-BOUNDS: dict[Split, tuple[float, float]] = {"train": (0.0, 0.8), "tune": (0.8, 0.9), "held_out": (0.9, 1.0)}
+MEMBERS = 5  # of a small cohort's model
+MANY_ROWS = 50_000  # from which one member, that leaves out a tenth, learns as much as five do together
+SHARE_OF_ONE = 0.1
+
+
+def members_for(rows: int) -> int:
+    return 1 if rows >= MANY_ROWS else MEMBERS
 
 
 def position(ids: pa.Array | pa.ChunkedArray, salt: str = "split") -> np.ndarray:
@@ -20,7 +26,8 @@ def position(ids: pa.Array | pa.ChunkedArray, salt: str = "split") -> np.ndarray
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def member(place: np.ndarray, split: Split) -> np.ndarray:
-    """Which places belong to a split."""
-    low, high = BOUNDS[split]
-    return (place >= low) & (place < high)
+def fold(place: np.ndarray, members: int) -> np.ndarray:
+    """The member that does not learn from the subjects of these places; -1 where every member does."""
+    share = SHARE_OF_ONE if members == 1 else 1 / members
+    found = (place / share).astype(np.int64)
+    return np.where(found < members, found, -1)

@@ -55,13 +55,15 @@ class ModelConfig:
     """Sizes and objective. The defaults were chosen on tune splits of three cohorts (see objective.py)."""
 
     modalities: tuple[ModalityConfig, ...]
+    members: int = 1  # trained side by side, each without its own fold of the subjects
     shared: int = 64  # size of z0
     hidden: int = 256  # width of the trunk of q(z0 | x)
     decoder: int = 128  # width of the private encoders and decoders
     dropout: float = 0.2  # of the trunk; the decoders have the noise of their latents
     piecewise_limit: int = 64  # modalities up to this width get the piecewise-linear encoding
     elbo_weight: float = 0.03  # weight of L_elbo in the objective, L_impute's being 1
-    impute_draws: int = 8  # latent draws per record in L_impute, in antithetic pairs
+    elbo_share: float = 0.25  # share of a training batch on which L_elbo is estimated
+    impute_draws: int = 4  # latent draws per record in L_impute, in antithetic pairs
     hide_one: float = 0.8  # probability that exactly one modality is hidden
     drop_values: float = 0.15  # share of training records of which the encoders see only a part of the values
     pair_weight: float = 0.1  # weight of the score of pairs of features, which trains their dependence

@@ -3,7 +3,7 @@
 Targets are what a likelihood is asked about: standardised values of real features, and the values themselves
 (0/1, counts, level indices) of the other kinds.
 
-Shape suffixes: B records, D features, S draws, F features of one kind, M levels, P decoder outputs.
+Shape suffixes: E members, B records, D features, S draws, F features of one kind, M levels, P decoder outputs.
 """
 
 import math
@@ -68,7 +68,7 @@ def moment_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
 class Likelihoods(nn.Module):
     """The likelihoods of one modality's features; `size` decoder outputs, all zero = the training marginal."""
 
-    def __init__(self, config: ModalityConfig, standardise: Standardise) -> None:
+    def __init__(self, config: ModalityConfig, standardise: Standardise, members: int) -> None:
         super().__init__()
         index = {k: [i for i, kind in enumerate(config.kinds) if kind == k] for k in KINDS}
         self.kinds = [k for k in KINDS if index[k]]
@@ -80,9 +80,9 @@ class Likelihoods(nn.Module):
             self.register_buffer(f"{k}_F", torch.tensor(index[k], dtype=torch.long), persistent=False)
         order = [i for k in self.kinds for i in index[k]]
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
-        self._marginals(config, standardise)
+        self._marginals(config, standardise, members)
 
-    def _marginals(self, config: ModalityConfig, standardise: Standardise) -> None:
+    def _marginals(self, config: ModalityConfig, standardise: Standardise, members: int) -> None:
         """Offsets that make zero outputs the marginal, and the marginal's score by which each score is divided."""
         mean_D, std_D, unit_D = standardise.mean, standardise.std, standardise.unit
         prevalence_F = mean_D[self.binary_F].clamp(1e-3, 1 - 1e-3)
@@ -90,7 +90,7 @@ class Likelihoods(nn.Module):
         level_F = (mean_D[self.count_F] + 0.5 * std_D[self.count_F].square()).clamp(1e-3, 20)
         self.register_buffer("base_log_mean_F", torch.log(torch.expm1(level_F) * unit_D[self.count_F]))
         if "ordinal" in self.kinds:  # parameters without elements would never get a gradient
-            self._cut_points(config, mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None])
+            self._cut_points(config, mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None], members)
         levels_F = torch.tensor([config.levels[i] for i in self.categorical_F], dtype=torch.long)
         self.register_buffer("unused_levels_FM", torch.arange(self.levels["categorical"]) >= levels_F[:, None], persistent=False)
         entropy = fn.binary_cross_entropy(prevalence_F, prevalence_F, reduction="none").clamp_min(0.05)
@@ -100,19 +100,20 @@ class Likelihoods(nn.Module):
         scale_D[self.ordinal_F] = torch.log(torch.tensor([float(config.levels[i]) for i in self.ordinal_F]))
         self.register_buffer("marginal_score_D", scale_D)
 
-    def _cut_points(self, config: ModalityConfig, mean_F1: Tensor, std_F1: Tensor) -> None:
+    def _cut_points(self, config: ModalityConfig, mean_F1: Tensor, std_F1: Tensor, members: int) -> None:
         """Trainable cuts, at first those of a logistic of the level's mean and spread."""
         levels_F = torch.tensor([config.levels[i] for i in self.ordinal_F])
         step_M = torch.arange(self.levels["ordinal"] - 1)
         cuts_FM = ((step_M + 0.5 - mean_F1) / (0.55 * std_F1)).clamp(-FAR / 2, FAR / 2)
         # Beyond a feature's last level the cut is out of reach.
         self.register_buffer("unused_cuts_FM", step_M >= levels_F[:, None] - 1, persistent=False)
-        self.first_cut_F = nn.Parameter(cuts_FM[:, 0])
+        self.first_cut_E1F1 = nn.Parameter(cuts_FM[:, :1].repeat(members, 1, 1, 1))
         if cuts_FM.shape[1] > 1:
-            self.gaps_FM = nn.Parameter(torch.log(torch.expm1(cuts_FM.diff(dim=1).clamp_min(1e-2))))
+            gaps_FM = torch.log(torch.expm1(cuts_FM.diff(dim=1).clamp_min(1e-2)))
+            self.gaps_E1FM = nn.Parameter(gaps_FM.repeat(members, 1, 1, 1))
 
     def heads(self, raw: Tensor) -> Heads:
-        """Split decoder outputs (..., P) by kind and turn them into distribution parameters."""
+        """Split decoder outputs (..., E, B, P) by kind and turn them into distribution parameters."""
         parts = raw.float().split([self.counts[k] * self.outputs[k] for k in self.kinds], -1)
         heads = {k: p.unflatten(-1, (self.counts[k], self.outputs[k])) for k, p in zip(self.kinds, parts, strict=True)}
         if "real" in heads:
@@ -130,10 +131,10 @@ class Likelihoods(nn.Module):
         return heads
 
     def _cuts(self) -> Tensor:
-        cuts_FM = self.first_cut_F[:, None]
-        if hasattr(self, "gaps_FM"):
-            cuts_FM = torch.cat([cuts_FM, cuts_FM + fn.softplus(self.gaps_FM).cumsum(1)], 1)
-        return torch.where(self.unused_cuts_FM, cuts_FM.detach().clamp_min(2 * FAR), cuts_FM)
+        cuts_E1FM = self.first_cut_E1F1
+        if hasattr(self, "gaps_E1FM"):
+            cuts_E1FM = torch.cat([cuts_E1FM, cuts_E1FM + fn.softplus(self.gaps_E1FM).cumsum(-1)], -1)
+        return torch.where(self.unused_cuts_FM, cuts_E1FM.detach().clamp_min(2 * FAR), cuts_E1FM)
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1).index_select(-1, self.inverse_D)
@@ -177,7 +178,7 @@ class Likelihoods(nn.Module):
         """
         count = self.counts.get("real", 0)
         if count < 2:
-            return target_BD.new_zeros(target_BD.shape[0])
+            return target_BD.new_zeros(())
         device = target_BD.device
         order = torch.randperm(count, generator=generator, device=device)
         sign_F = 2.0 * torch.randint(0, 2, (count,), generator=generator, device=device) - 1
@@ -188,7 +189,7 @@ class Likelihoods(nn.Module):
         sd_SBF = torch.hypot(*paired(heads["real"][..., 1].exp()))
         crps_BF = moment_crps(first + sign_F * second, mean_first + sign_F * mean_second, sd_SBF)
         scale = math.sqrt(2) * MARGINAL_CRPS
-        return (crps_BF * seen_BF).sum(1) / seen_BF.sum(1).clamp_min(1) / scale
+        return (crps_BF * seen_BF).sum(-1) / seen_BF.sum(-1).clamp_min(1) / scale
 
     def sample(self, heads: Heads, standardise: Standardise, generator: torch.Generator | None = None) -> Tensor:
         """One draw per entry of the heads, in original units."""
@@ -218,32 +219,44 @@ class Likelihoods(nn.Module):
         return target.index_copy(-1, self.real_F, restored.index_select(-1, self.real_F))
 
     def moments(self, heads: Heads, standardise: Standardise) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the mixture over the leading S, in original units. A categorical feature
-        has its mode as `mean` and sqrt(1 - sum p^2) as `std`."""
-        means, stds = [], []
+        """Mean and standard deviation of the mixture over the leading S and E, (B, D) in original units. A categorical
+        feature has its mode as `mean` and sqrt(1 - sum p^2) as `std`."""
+        found = [self._moments(kind, heads[kind].flatten(0, 1), standardise) for kind in self.kinds]
+        mean, std = (self._join(list(parts)) for parts in zip(*found, strict=True))
+        return mean, std
+
+    def _moments(self, kind: str, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
+        if kind == "real":
+            return self._real_moments(head, standardise)
+        if kind == "binary":
+            mean = torch.sigmoid(head[..., 0]).mean(0)
+            return mean, (mean * (1 - mean)).sqrt()
+        if kind == "count":
+            rate = head[..., 0].exp()
+            mean = rate.mean(0)
+            return mean, (rate + rate.square() * (-head[..., 1]).exp() + (rate - mean).square()).mean(0).sqrt()
+        chance = head.exp().mean(0)
+        if kind == "categorical":
+            return chance.argmax(-1).float(), (1 - chance.square().sum(-1)).clamp_min(0).sqrt()
+        level = torch.arange(chance.shape[-1], device=chance.device, dtype=chance.dtype)
+        mean = (chance * level).sum(-1)
+        return mean, (chance * (level - mean.unsqueeze(-1)).square()).sum(-1).sqrt()
+
+    def location_scale(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """Each member's mixture over S on the scale on which experts are mixed, (E, B, D): mean and standard deviation of
+        standardised real features, logit of binary ones (scale 1). The other kinds, which no other expert predicts: 0, 1."""
+        locations, scales = [], []
         for kind in self.kinds:
             head = heads[kind]
+            location, scale = torch.zeros_like(head[0, ..., 0]), torch.ones_like(head[0, ..., 0])
             if kind == "real":
-                mean, std = self._real_moments(head, standardise)
+                location = head[..., 0].mean(0)
+                scale = (head[..., 1].exp().square() + (head[..., 0] - location).square()).mean(0).sqrt()
             elif kind == "binary":
-                mean = torch.sigmoid(head[..., 0]).mean(0)
-                std = (mean * (1 - mean)).sqrt()
-            elif kind == "count":
-                rate = head[..., 0].exp()
-                mean = rate.mean(0)
-                std = (rate + rate.square() * (-head[..., 1]).exp() + (rate - mean).square()).mean(0).sqrt()
-            else:
-                chance = head.exp().mean(0)
-                level = torch.arange(chance.shape[-1], device=chance.device, dtype=chance.dtype)
-                if kind == "ordinal":
-                    mean = (chance * level).sum(-1)
-                    std = (chance * (level - mean.unsqueeze(-1)).square()).sum(-1).sqrt()
-                else:
-                    mean = chance.argmax(-1).float()
-                    std = (1 - chance.square().sum(-1)).clamp_min(0).sqrt()
-            means.append(mean)
-            stds.append(std)
-        return self._join(means), self._join(stds)
+                location = torch.logit(torch.sigmoid(head[..., 0]).mean(0), 1e-6)
+            locations.append(location)
+            scales.append(scale)
+        return self._join(locations), self._join(scales)
 
     def _real_moments(self, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
         mean_SBF, sd_SBF = head[..., 0], head[..., 1].exp()

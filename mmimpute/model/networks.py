@@ -1,6 +1,10 @@
 """Encodings and networks of the hierarchical model.
 
-Shape suffixes: B records (any leading shape), K modalities, D features, C code columns, L latent, F some features.
+A model has E members, which differ in their first weights and in the records that they learn from. They run side by
+side as batched products: every parameter has a leading E, and so has everything that a network puts out.
+
+Shape suffixes: E members, B records (N: records times draws), K modalities, D features, C code columns, L latent,
+F some features.
 """
 
 import math
@@ -42,9 +46,23 @@ def product(prior: Normal, mean: Tensor, precision: Tensor) -> Normal:
     return Normal(prior.mean + weight * (mean - prior.mean), prior.var * (1 - weight))
 
 
-def keep_scale(layer: nn.Linear) -> None:
+class Linear(nn.Module):
+    """E linear layers side by side: (N, I) or (E, N, I) -> (E, N, O); torch's default first weights."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.expand(len(self.weight), *x.shape[-2:])
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+
+
+def keep_scale(layer: Linear) -> None:
     """Weights that keep the scale of what comes out of a SiLU; torch's default shrinks it at every layer."""
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.weight.shape[1]))
     nn.init.zeros_(layer.bias)
 
 
@@ -68,10 +86,7 @@ class Code(nn.Module):
         seen_BD = observed_BD.to(z_BD.dtype)
         parts = [z_BD.index_select(-1, self.numeric_F).clamp(-CLIP, CLIP)]
         if self.curved_F.numel():
-            edges_FO, z_BF1 = knots_DO[self.curved_F], z_BD[:, self.curved_F, None]
-            width_FO = edges_FO.diff(dim=1).clamp_min(1e-6)
-            ramp = ((z_BF1 - edges_FO[:, :-1]) / width_FO).clamp(0, 1) - 0.5
-            parts.append((ramp * seen_BD[:, self.curved_F, None]).flatten(1))
+            parts.append((self.ramps(z_BD, knots_DO) * seen_BD[:, self.curved_F, None]).flatten(1))
         if self.categorical_F.numel():
             level = x_BD[:, self.categorical_F].clamp(0, self.levels - 1).long()
             parts.append((fn.one_hot(level, self.levels) * seen_BD[:, self.categorical_F, None]).flatten(1))
@@ -79,21 +94,29 @@ class Code(nn.Module):
         parts.append(observed_BD.any(-1, keepdim=True) * (1 - seen_BD))
         return self.scale * torch.cat(parts, -1)
 
+    def ramps(self, z_BD: Tensor, knots_DO: Tensor) -> Tensor:
+        """Piecewise-linear encoding of the curved features, (..., B, F, 8): how far z is through each octile, - 1/2."""
+        edges_FO = knots_DO[self.curved_F]
+        width_FO = edges_FO.diff(dim=1).clamp_min(1e-6)
+        return ((z_BD[..., self.curved_F, None] - edges_FO[:, :-1]) / width_FO).clamp(0, 1) - 0.5
+
 
 class SharedEncoder(nn.Module):
     """q(z0 | x): prior expert N(0, I) times one data expert over everything that is observed."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
+        members, inputs = config.members, width + len(config.modalities)
         self.trunk = nn.Sequential(
-            nn.Linear(width + len(config.modalities), config.hidden),
+            Linear(members, inputs, config.hidden),
             nn.SiLU(),
             nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, config.hidden),
+            Linear(members, config.hidden, config.hidden),
             nn.SiLU(),
             nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, 2 * config.shared),
+            Linear(members, config.hidden, 2 * config.shared),
         )
+        self.skip = Linear(members, inputs, config.shared, bias=False)
         self._start(config.shared)
 
     def _start(self, shared: int) -> None:
@@ -101,15 +124,18 @@ class SharedEncoder(nn.Module):
         hidden, last = self.trunk[3], self.trunk[6]
         keep_scale(hidden)
         keep_scale(last)
-        nn.init.normal_(last.weight[shared:], std=0.01)
-        nn.init.constant_(last.bias[shared:], CERTAIN)
+        nn.init.normal_(last.weight[..., shared:], std=0.01)
+        nn.init.constant_(last.bias[..., shared:], CERTAIN)
+        nn.init.zeros_(self.skip.weight)
 
     def forward(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
         flags_BK = present_BK.to(codes[0].dtype)
-        mean_BL, raw_BL = self.trunk(torch.cat([*codes, flags_BK], -1)).float().chunk(2, -1)
-        precision_BL = fn.softplus(raw_BL) * present_BK.any(-1, keepdim=True)
-        prior = Normal(torch.zeros_like(mean_BL), torch.ones_like(mean_BL))
-        return product(prior, mean_BL, precision_BL)
+        code_BC = torch.cat([*codes, flags_BK], -1)
+        curved_EBL, raw_EBL = self.trunk(code_BC).float().chunk(2, -1)
+        mean_EBL = curved_EBL + self.skip(code_BC).float()
+        precision_EBL = fn.softplus(raw_EBL) * present_BK.any(-1, keepdim=True)
+        prior = Normal(torch.zeros_like(mean_EBL), torch.ones_like(mean_EBL))
+        return product(prior, mean_EBL, precision_EBL)
 
 
 class Private(nn.Module):
@@ -117,32 +143,36 @@ class Private(nn.Module):
 
     def __init__(self, config: ModelConfig, modality: ModalityConfig, code: int, outputs: int) -> None:
         super().__init__()
-        own, width = modality.private, config.decoder
+        own, width, members = modality.private, config.decoder, config.members
         self.own = own
-        self.prior = nn.Linear(config.shared, 2 * own)
-        self.from_code, self.from_shared = nn.Linear(code, width), nn.Linear(config.shared, width, bias=False)
-        self.expert = nn.Linear(width, 2 * own)
+        self.prior = Linear(members, config.shared, 2 * own)
+        self.from_code, self.from_shared = Linear(members, code, width), Linear(members, config.shared, width, bias=False)
+        self.expert = Linear(members, width, 2 * own)
         latent = config.shared + own
-        self.decoder = nn.Sequential(nn.Linear(latent, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.decoder = nn.Sequential(Linear(members, latent, width), nn.SiLU(), Linear(members, width, width), nn.SiLU())
         keep_scale(self.decoder[0])
         keep_scale(self.decoder[2])
-        self.curved = nn.Linear(width, outputs)
-        self.linear = nn.Linear(latent, outputs, bias=False)
+        self.curved = Linear(members, width, outputs)
+        self.linear = Linear(members, latent, outputs, bias=False)
         nn.init.zeros_(self.curved.weight)
         nn.init.zeros_(self.curved.bias)
 
-    def p(self, z0_BL: Tensor) -> Normal:
+    def p(self, z0_ENL: Tensor) -> Normal:
         """p(zj | z0)."""
-        mean, raw = self.prior(z0_BL).float().chunk(2, -1)
+        mean, raw = self.prior(z0_ENL).float().chunk(2, -1)
         return Normal(mean, torch.exp(2 * raw.clamp(-4, 2)))
 
-    def q(self, z0_BL: Tensor, prior: Normal, code_BC: Tensor, present_B: Tensor) -> Normal:
-        """q(zj | z0, xj); exactly p(zj | z0) on rows in which nothing of the modality is observed."""
-        hidden = fn.silu(self.from_code(code_BC) + self.from_shared(z0_BL))
-        mean, raw = self.expert(hidden).float().chunk(2, -1)
-        return product(prior, mean, fn.softplus(raw) * present_B.unsqueeze(-1))
+    def q(self, z0_ENL: Tensor, prior: Normal, code_BC: Tensor, present_B: Tensor) -> Normal:
+        """q(zj | z0, xj); exactly p(zj | z0) on rows in which nothing of the modality is observed.
 
-    def decode(self, z0_BL: Tensor, zj_BL: Tensor) -> Tensor:
+        N = draws x B: the draws of z0 are the slower part of N.
+        """
+        draws = z0_ENL.shape[1] // max(1, len(code_BC))
+        hidden = fn.silu(self.from_code(code_BC).repeat(1, draws, 1) + self.from_shared(z0_ENL))
+        mean, raw = self.expert(hidden).float().chunk(2, -1)
+        return product(prior, mean, fn.softplus(raw) * present_B.repeat(draws).unsqueeze(-1))
+
+    def decode(self, z0_ENL: Tensor, zj_ENL: Tensor) -> Tensor:
         """Outputs from which `Likelihoods.heads` makes p(xj | zj, z0)."""
-        latent = torch.cat([z0_BL, zj_BL], -1)
+        latent = torch.cat([z0_ENL, zj_ENL], -1)
         return self.curved(self.decoder(latent)) + self.linear(latent)

@@ -31,7 +31,7 @@ stopping saw (one seed, a difference under 0.004 is noise; a masked 256-256 net:
 A larger elbo_weight makes joint draws and `generate` truer: on the linear-Gaussian cohort the largest error of a
 generated correlation is 0.30 at 0.1 and 0.19 at 0.5, at which imputed variances are within 7% on average.
 
-Shape suffixes: B records, K modalities, D features.
+Shape suffixes: E members, B records, R those of them on which L_elbo is estimated, K modalities, D features.
 """
 
 from typing import NamedTuple
@@ -41,31 +41,35 @@ from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """Per record (B) and modality (K); terms of modalities that were not observed or not hidden are 0."""
+    """Per member (E), record (B, of which L_elbo is known for the first R) and modality (K).
 
-    objective: Tensor  # scalar, minimised
-    reconstruction_BK: Tensor  # E_q log p(xj | zj, z0)
-    private_kl_BK: Tensor  # E_q KL(q(zj | z0, xj) || p(zj | z0))
-    shared_kl_B: Tensor  # KL(q(z0 | x) || p(z0))
-    impute_BK: Tensor  # E_{q(z0 | x_not_I) p(zi | z0)} log p(xi | zi, z0), i in I
-    score_BK: Tensor  # proper score of the hidden values, mean over observed features, marginal = 1
+    Terms of modalities that were not observed or not hidden are 0.
+    """
+
+    reconstruction_ERK: Tensor  # E_q log p(xj | zj, z0)
+    private_kl_ERK: Tensor  # E_q KL(q(zj | z0, xj) || p(zj | z0))
+    shared_kl_ER: Tensor  # KL(q(z0 | x) || p(z0))
+    impute_EBK: Tensor  # E_{q(z0 | x_not_I) p(zi | z0)} log p(xi | zi, z0), i in I
+    score_EBK: Tensor  # proper score of the hidden values, mean over observed features, marginal = 1
     observed_BK: Tensor  # bool
     hidden_BK: Tensor  # bool
+    weight_EB: Tensor  # 1 where a member learns from a record, or is judged by it
+    objective: Tensor | None = None  # scalar, minimised
 
     @property
-    def elbo_B(self) -> Tensor:
+    def elbo_ER(self) -> Tensor:
         """Eq. 2: reconstruction - private KL, summed over observed modalities, - shared KL."""
-        return (self.reconstruction_BK - self.private_kl_BK).sum(1) - self.shared_kl_B
+        return (self.reconstruction_ERK - self.private_kl_ERK).sum(2) - self.shared_kl_ER
 
     @property
-    def imputation_B(self) -> Tensor:
+    def imputation_EB(self) -> Tensor:
         """Eq. 3."""
-        return self.impute_BK.sum(1)
+        return self.impute_EBK.sum(2)
 
     @property
-    def total_B(self) -> Tensor:
+    def total_ER(self) -> Tensor:
         """Eq. 1: L = L_elbo + L_impute, in nats per record."""
-        return self.elbo_B + self.imputation_B
+        return self.elbo_ER + self.imputation_EB[:, : self.shared_kl_ER.shape[1]]
 
 
 def hide(present_BK: Tensor, weight_K: Tensor, one: float, generator: torch.Generator | None = None) -> Tensor:

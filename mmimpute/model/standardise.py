@@ -47,6 +47,10 @@ class Standardise(nn.Module):
         self.register_buffer("nodes_Q", torch.as_tensor(nodes, dtype=torch.float32), persistent=False)
         self.register_buffer("weights_Q", torch.as_tensor(weights / weights.sum(), dtype=torch.float32), persistent=False)
 
+    def part(self, features: Tensor) -> "Standardise":
+        """That of some of the features."""
+        return Standardise(FeatureStatistics(*(getattr(self, name)[features].cpu() for name in ("mean", "std", "log", "unit", "knots"))))
+
     def forward(self, x_BD: Tensor) -> Tensor:
         """Original -> standardised units; the caller fills unobserved values before and after."""
         logged_BD = x_BD.sign() * torch.log1p(x_BD.abs() / self.unit)
@@ -61,21 +65,22 @@ class Standardise(nn.Module):
         return torch.where(self.log, y_BD.sign() * self.unit * torch.expm1(exponent_BD), y_BD)
 
     def moments(self, mu_SBD: Tensor, sd_SBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, in original units, of an equal mixture of S Gaussians.
+        """Mean and standard deviation, in original units, of an equal mixture of S Gaussians; S x (any shape) x D.
 
         Exact where the transform is the identity, 9-node Gauss-Hermite on logged features.
         """
         mean_BD = mu_SBD.mean(0)
-        var_BD = (sd_SBD.square() + (mu_SBD - mean_BD).square()).mean(0)
-        mean_BD, std_BD = mean_BD * self.std + self.mean, var_BD.sqrt() * self.std
-        if not bool(self.log.any()):
-            return mean_BD, std_BD
-        first_BD, second_BD = torch.zeros_like(mean_BD), torch.zeros_like(mean_BD)
+        std_BD = (sd_SBD.square() + (mu_SBD - mean_BD).square()).mean(0).sqrt()
+        mean, std = mean_BD * self.std + self.mean, std_BD * self.std
+        logged = self.log.nonzero().squeeze(1)
+        if not len(logged):
+            return mean, std
+        part, mu, sd = self.part(logged).to(mean.device), mu_SBD[..., logged], sd_SBD[..., logged]
+        first, second = torch.zeros_like(mu[0]), torch.zeros_like(mu[0])
         # Moments about the centre: squares of large original values would cancel in float32.
-        centre_BD = self.inverse(mu_SBD.mean(0))
+        centre = part.inverse(mu.mean(0))
         for node, weight in zip(self.nodes_Q, self.weights_Q, strict=True):
-            x_BD = self.inverse(mu_SBD + node * sd_SBD) - centre_BD
-            first_BD = first_BD + weight * x_BD.mean(0)
-            second_BD = second_BD + weight * x_BD.square().mean(0)
-        logged_std_BD = (second_BD - first_BD.square()).clamp_min(0).sqrt()
-        return (torch.where(self.log, centre_BD + first_BD, mean_BD), torch.where(self.log, logged_std_BD, std_BD))
+            x = part.inverse(mu + node * sd) - centre
+            first = first + weight * x.mean(0)
+            second = second + weight * x.square().mean(0)
+        return mean.index_copy(-1, logged, centre + first), std.index_copy(-1, logged, (second - first.square()).clamp_min(0).sqrt())

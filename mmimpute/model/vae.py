@@ -3,10 +3,11 @@
 Inference -> generative -> loss, as in scvi-tools. Inputs are original units plus masks of observed values.
 Fill before the encoders, mask after: a value that is not observed can change neither loss, gradient nor output.
 
-Shape suffixes: B records, N records of a caller, K modalities, D features, C code columns, L latent, S draws,
-H rows of a batch in which a modality is hidden.
+Shape suffixes: E members, B records, N records of a caller, K modalities, D features, C code columns, L latent,
+S draws, H rows of a batch in which a modality is hidden, R rows of a batch on which L_elbo is estimated.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mmimpute.model.config import ModelConfig
-from mmimpute.model.likelihoods import Likelihoods
+from mmimpute.model.likelihoods import Heads, Likelihoods
 from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior, moments
 from mmimpute.model.standardise import FeatureStatistics, Standardise
-
-CHUNK = 1 << 23  # values of a prediction held at once: draws x rows x features
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,29 @@ class Predictive:
 
     mean: list[Tensor]  # K of (B, D_j)
     std: list[Tensor]  # K of (B, D_j)
-    z0_BL: Tensor  # mean of q(z0 | x)
+    z0_BL: Tensor  # mean of q(z0 | x) of the first member: members do not share axes
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Standardised values, likelihood targets, masks and codes of one batch, per modality."""
 
+    filled: list[Tensor]  # original units, 0 where unobserved
+    z: list[Tensor]  # standardised, 0 where unobserved
     target: list[Tensor]
     observed: list[Tensor]
     codes: list[Tensor]
     present_BK: Tensor  # something is observed
     shown_BK: Tensor  # something is seen by the encoders
+
+
+@dataclass(frozen=True)
+class Latents:
+    """z0 at S nodes of every member's posterior, its mean, and the private latents' nodes."""
+
+    z0_SEBL: Tensor
+    mean_EBL: Tensor
+    noise_S11L: Tensor
 
 
 class MultiModalVAE(nn.Module):
@@ -55,10 +65,12 @@ class MultiModalVAE(nn.Module):
             raise ValueError(f"statistics are of {sorted(statistics)}, the modalities are {sorted(names)}")
         # Lists, not dicts: a modality's name may hold a dot, which module names may not.
         self.standardise = nn.ModuleList(Standardise(statistics[n]) for n in names)
-        self.likelihoods = nn.ModuleList(map(Likelihoods, config.modalities, self.standardise))
+        self.likelihoods = nn.ModuleList(
+            Likelihoods(m, s, config.members) for m, s in zip(config.modalities, self.standardise, strict=True)
+        )
         self.code = nn.ModuleList(Code(m, config.piecewise_limit) for m in config.modalities)
         self.shared = SharedEncoder(config, sum(c.width for c in self.code))
-        self.prior = SharedPrior(config.shared)
+        self.prior = SharedPrior(config.members, config.shared)
         self.private = nn.ModuleList(
             Private(config, m, c.width, p.size) for m, c, p in zip(config.modalities, self.code, self.likelihoods, strict=True)
         )
@@ -78,99 +90,115 @@ class MultiModalVAE(nn.Module):
 
     def inputs(self, x: Sequence[Tensor], observed: Sequence[Tensor], shown: Sequence[Tensor] | None = None) -> Inputs:
         """Fill what is unobserved, standardise, encode. `shown`: the observed values that the encoders may see."""
-        target, codes, shown = [], [], observed if shown is None else shown
+        filled, z, target, codes, shown = [], [], [], [], observed if shown is None else shown
         for j, (x_BD, seen_BD, shown_BD) in enumerate(zip(x, observed, shown, strict=True)):
             filled_BD = torch.where(seen_BD, x_BD, 0.0)
             z_BD = torch.where(seen_BD, self.standardise[j](filled_BD), 0.0)
+            filled.append(filled_BD)
+            z.append(z_BD)
             target.append(torch.where(getattr(self, f"real_{j}"), z_BD, filled_BD))
             codes.append(self.code[j](z_BD * shown_BD, filled_BD, shown_BD, self.standardise[j].knots))
-        return Inputs(
-            target, list(observed), codes, torch.stack([o.any(1) for o in observed], 1), torch.stack([o.any(1) for o in shown], 1)
-        )
+        present_BK, shown_BK = (torch.stack([o.any(1) for o in masks], 1) for masks in (observed, shown))
+        return Inputs(filled, z, target, list(observed), codes, present_BK, shown_BK)
 
     def inference(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
-        """q(z0 | the modalities of `present_BK`)."""
+        """q(z0 | the modalities of `present_BK`), of every member."""
         kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
         return self.shared(kept, present_BK)
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Sequence[Tensor], observed: Sequence[Tensor], elbo_scale: float = 1.0, generator: torch.Generator | None = None
+        self,
+        x: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        weight_EB: Tensor | None = None,
+        elbo_scale: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> LossTerms:
-        """Both terms on one batch. `elbo_scale` is for warm-up; noise comes from `generator` or torch's default."""
+        """Both terms on one batch. `weight_EB`: 1 where a member learns from a record, 0 where it does not.
+
+        `elbo_scale` is for warm-up; noise comes from `generator` or torch's default. In training L_elbo, which is
+        most of the work and little of the objective, is estimated on the first `elbo_share` of the batch.
+        """
         share = self.config.drop_values if self.training else 0.0
         inputs = self.inputs(x, observed, keep_values(observed, share, generator) if share else None)
+        batch = inputs.present_BK.shape[0]
+        some = max(1, round(batch * self.config.elbo_share)) if self.training else batch
+        weight_EB = inputs.present_BK.new_ones(self.config.members, batch, dtype=torch.float32) if weight_EB is None else weight_EB
         hidden_BK = hide(inputs.present_BK, self.hide_K, self.config.hide_one, generator)
-        both = [torch.cat([c, c]) for c in inputs.codes]
-        q0 = self.inference(both, torch.cat([inputs.shown_BK, inputs.shown_BK & ~hidden_BK]))
-        q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.chunk(2), q0.var.chunk(2), strict=True))
-        z0_BL = q_all.sample(self._noise(q_all.mean.shape, generator))
-        z0_SBL = q_kept.sample(self._antithetic(self.config.impute_draws, q_kept.mean.shape, generator))
+        both = [torch.cat([c[:some], c]) for c in inputs.codes]
+        q0 = self.inference(both, torch.cat([inputs.shown_BK[:some], inputs.shown_BK & ~hidden_BK]))
+        q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.split([some, batch], 1), q0.var.split([some, batch], 1), strict=True))
+        z0_ERL = q_all.sample(self._noise(q_all.mean.shape, generator))
+        noise_SEBL = self._antithetic(self.config.impute_draws, q_kept.mean.shape, generator)
         columns = []
         for j in range(len(self.private)):
             rows_H = hidden_BK[:, j].nonzero().squeeze(1)
-            columns.append(self._terms(j, inputs, z0_BL, z0_SBL[:, rows_H], rows_H, generator))
-        reconstruction_BK, private_kl_BK, impute_BK, score_BK = (torch.stack(c, 1) for c in zip(*columns, strict=True))
+            # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
+            z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
+            columns.append(self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, generator))
+        reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
-        shared_kl_B = kl(q_all, prior)
-        elbo_B = (reconstruction_BK - private_kl_BK).sum(1) - shared_kl_B
-        objective = self._objective(inputs, elbo_B, score_BK, hidden_BK, elbo_scale)
-        return LossTerms(
-            objective,
-            reconstruction_BK.detach(),
-            private_kl_BK.detach(),
-            shared_kl_B.detach(),
-            impute_BK.detach(),
-            score_BK.detach(),
-            inputs.present_BK,
-            hidden_BK,
+        terms = LossTerms(
+            reconstruction_ERK, private_kl_ERK, kl(q_all, prior), impute_EBK, score_EBK, inputs.present_BK, hidden_BK, weight_EB
         )
+        return terms._replace(objective=self._objective(terms, inputs, elbo_scale))
 
     def _terms(
-        self, j: int, inputs: Inputs, z0_BL: Tensor, z0_SHL: Tensor, rows_H: Tensor, generator: torch.Generator | None
+        self, j: int, inputs: Inputs, z0_ERL: Tensor, z0_SEHL: Tensor, rows_H: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Modality j: reconstruction, private KL, imputation and its score, each (B,).
+        """Modality j: reconstruction, private KL (E, R); imputation and its score (E, B).
 
-        One pass through the decoder serves both terms: B rows to reconstruct, S x H rows to impute.
+        One pass through the decoder serves both terms: R rows to reconstruct, S x H rows to impute.
         """
         private, likelihood = self.private[j], self.likelihoods[j]
-        seen_BD, target_BD = inputs.observed[j], inputs.target[j]
-        draws, rows, batch = z0_SHL.shape[0], rows_H.shape[0], z0_BL.shape[0]
-        z0 = torch.cat([z0_BL, z0_SHL.flatten(0, 1)])
-        prior = private.p(z0)
-        prior_B = Normal(prior.mean[:batch], prior.var[:batch])
-        posterior_B = private.q(z0_BL, prior_B, inputs.codes[j], inputs.shown_BK[:, j])
-        q = Normal(torch.cat([posterior_B.mean, prior.mean[batch:]]), torch.cat([posterior_B.var, prior.var[batch:]]))
-        noise = torch.cat(
-            [self._noise((batch, private.own), generator), self._antithetic(draws, (rows, private.own), generator).flatten(0, 1)]
-        )
-        raw = private.decode(z0, q.sample(noise))
-        seen_HD = seen_BD[rows_H]
-        log_prob_BD = likelihood.log_prob(likelihood.heads(raw[:batch]), target_BD)
-        heads_SHD = likelihood.heads(raw[batch:].unflatten(0, (draws, rows)))
-        log_prob_SHD = likelihood.log_prob(heads_SHD, target_BD[rows_H])
-        score_HD = likelihood.score(heads_SHD, target_BD[rows_H], log_prob_SHD)
-        zero_B = z0_BL.new_zeros(batch)
-        score_H = (score_HD * seen_HD).sum(1) / seen_HD.sum(1).clamp_min(1)
-        if self.training and self.config.pair_weight:
-            pairs_H = likelihood.pair_score(heads_SHD, target_BD[rows_H], seen_HD, generator)
-            score_H = score_H + self.config.pair_weight * pairs_H
+        draws, members, rows = z0_SEHL.shape[:3]
+        some, batch = z0_ERL.shape[1], len(inputs.present_BK)
+        z0 = torch.cat([z0_ERL, z0_SEHL.transpose(0, 1).flatten(1, 2)], 1)
+        both = [some, draws * rows]
+        # The gradient of a split is one concatenation, that of two slices two padded sums.
+        prior_R, prior_H = (Normal(m, v) for m, v in zip(*(t.split(both, 1) for t in private.p(z0)), strict=True))
+        posterior_R = private.q(z0_ERL, prior_R, inputs.codes[j][:some], inputs.shown_BK[:some, j])
+        noise_SEHL = self._antithetic(draws, (members, rows, private.own), generator)
+        zj_R = posterior_R.sample(self._noise((members, some, private.own), generator))
+        zj_H = prior_H.sample(noise_SEHL.transpose(0, 1).flatten(1, 2))
+        raw_R, raw_H = private.decode(z0, torch.cat([zj_R, zj_H], 1)).split(both, 1)
+        seen_RD, target_BD = inputs.observed[j][:some], inputs.target[j]
+        log_prob_ERD = likelihood.log_prob(likelihood.heads(raw_R), target_BD[:some])
+        heads = likelihood.heads(raw_H.unflatten(1, (draws, rows)).transpose(0, 1))
+        score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], generator)
+        zero_EB = z0_ERL.new_zeros(members, batch)
         return (
-            (log_prob_BD * seen_BD).sum(1),
-            kl(posterior_B, prior_B) * inputs.present_BK[:, j],
-            zero_B.index_add(0, rows_H, (log_prob_SHD.mean(0) * seen_HD).sum(1)),
-            zero_B.index_add(0, rows_H, score_H),
+            (log_prob_ERD * seen_RD).sum(-1),
+            kl(posterior_R, prior_R) * inputs.present_BK[:some, j],
+            zero_EB.index_add(1, rows_H, impute_EH),
+            zero_EB.index_add(1, rows_H, score_EH),
         )
 
-    def _objective(self, inputs: Inputs, elbo_B: Tensor, score_BK: Tensor, hidden_BK: Tensor, elbo_scale: float) -> Tensor:
-        """Score of what was hidden, mean over hidden modalities, minus the ELBO per observed value.
+    def _hidden_terms(
+        self, likelihood: Likelihoods, heads: Heads, target_HD: Tensor, seen_HD: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Score and L_impute of hidden rows, (E, H) each."""
+        log_prob_SEHD = likelihood.log_prob(heads, target_HD)
+        score_EHD = likelihood.score(heads, target_HD, log_prob_SEHD)
+        score_EH = (score_EHD * seen_HD).sum(-1) / seen_HD.sum(-1).clamp_min(1)
+        if self.training and self.config.pair_weight:
+            score_EH = score_EH + self.config.pair_weight * likelihood.pair_score(heads, target_HD, seen_HD, generator)
+        return score_EH, (log_prob_SEHD.mean(0) * seen_HD).sum(-1)
+
+    def _objective(self, terms: LossTerms, inputs: Inputs, elbo_scale: float) -> Tensor:
+        """Score of what was hidden, mean over hidden modalities, minus the ELBO per observed value; summed over members.
 
         The ELBO's parts keep their weights to each other: 1/D_j on some of them widens or narrows the posteriors.
         """
-        values = torch.stack([o.sum() for o in inputs.observed]).sum().clamp_min(1)
-        imputation = score_BK.sum() / hidden_BK.sum().clamp_min(1)
-        return imputation - self.config.elbo_weight * elbo_scale * elbo_B.sum() / values
+        weight_ER = terms.weight_EB[:, : terms.shared_kl_ER.shape[1]]
+        observed_R = torch.stack([o[: weight_ER.shape[1]].sum(1) for o in inputs.observed]).sum(0)
+        values_E = (weight_ER * observed_R).sum(1).clamp_min(1)
+        hidden_E = (terms.weight_EB * terms.hidden_BK.sum(1)).sum(1).clamp_min(1)
+        imputation_E = (terms.weight_EB * terms.score_EBK.sum(2)).sum(1) / hidden_E
+        elbo_E = (weight_ER * terms.elbo_ER).sum(1) / values_E
+        return (imputation_E - self.config.elbo_weight * elbo_scale * elbo_E).sum()
 
     def _noise(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, device=self.hide_K.device)
@@ -186,56 +214,64 @@ class MultiModalVAE(nn.Module):
         inputs = self.inputs(x, observed)
         some_B = inputs.present_BK.any(1)
         q0 = self.inference(inputs.codes, inputs.present_BK)
-        return moments(Normal(q0.mean[some_B], q0.var[some_B]))
+        return moments(Normal(q0.mean[:, some_B], q0.var[:, some_B]))
 
     # -- use ------------------------------------------------------------------------------------------------------
 
+    def shared_names(self) -> set[str]:
+        """The tensors of the state that all members share; the others have them as their first dimension."""
+        per_member = {name for name, _ in self.named_parameters()} | {f"prior.{name}" for name, _ in self.prior.named_buffers()}
+        return self.state_dict().keys() - per_member
+
+    def member(self, index: int) -> "MultiModalVAE":
+        """One member as a model of its own."""
+        shared = self.shared_names()
+        state = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
+        return MultiModalVAE.from_state(dataclasses.replace(self.config, members=1), state).to(self.hide_K.device)
+
     def _shared(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z0 from noise (S, B or 1, L), and its mean (B, L): of q(z0 | x), or of p(z0) where nothing is observed."""
+        """z0 from noise (S, E or 1, B or 1, L), and its mean (E, B, L): of q(z0 | x), or of p(z0) where nothing is observed."""
         q0 = self.inference(inputs.codes, inputs.shown_BK)
         empty_B1 = ~inputs.shown_BK.any(1, keepdim=True)
         if not empty_B1.any():
             return q0.sample(noise), q0.mean
-        return torch.where(empty_B1, self.prior.sample(noise), q0.sample(noise)), torch.where(empty_B1, self.prior.mean_L, q0.mean)
+        return torch.where(empty_B1, self.prior.sample(noise), q0.sample(noise)), torch.where(
+            empty_B1, self.prior.mean_EL[:, None], q0.mean
+        )
 
-    def _decode(self, j: int, inputs: Inputs, z0_SBL: Tensor, noise: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+    def _decode(self, j: int, inputs: Inputs, z0_SEBL: Tensor, noise: Tensor, rows: Tensor | slice = slice(None)) -> Heads:
         """p(xj | zj, z0) with zj ~ q(zj | z0, xj), which is p(zj | z0) where nothing of xj is observed."""
-        private = self.private[j]
-        posterior = private.q(z0_SBL, private.p(z0_SBL), inputs.codes[j][rows], inputs.shown_BK[rows, j])
-        return self.likelihoods[j].heads(private.decode(z0_SBL, posterior.sample(noise)))
+        private, (draws, _, batch) = self.private[j], z0_SEBL.shape[:3]
+        z0 = z0_SEBL.transpose(0, 1).flatten(1, 2)
+        posterior = private.q(z0, private.p(z0), inputs.codes[j][rows], inputs.shown_BK[rows, j])
+        noise = noise.expand(*z0_SEBL.shape[:3], private.own).transpose(0, 1).flatten(1, 2)
+        raw = private.decode(z0, posterior.sample(noise))
+        return self.likelihoods[j].heads(raw.unflatten(1, (draws, batch)).transpose(0, 1))
 
-    @torch.no_grad()
-    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 16, only_missing: bool = False) -> Predictive:
-        """Mean and standard deviation of every entry given what is observed.
+    def latents(self, inputs: Inputs, draws: int) -> Latents:
+        """Fixed quasi-random antithetic latent nodes, the same for every record and member, around each posterior.
 
-        The predictive is the mixture over `draws` fixed quasi-random antithetic latent nodes, the same for every
-        record: a record's result depends neither on a seed nor on the records next to it. `only_missing` saves the
-        work on modalities of which a record lacks nothing: their mean is the value itself, their std 0.
+        So a record's result depends neither on a seed nor on the records next to it.
         """
-        widest = sum(m.width for m in self.config.modalities)
-        size = max(1, CHUNK // (draws * widest))
-        pieces = [
-            self._predict([t[i : i + size] for t in x], [o[i : i + size] for o in observed], draws, only_missing)
-            for i in range(0, max(1, x[0].shape[0]), size)
-        ]
-        mean, std = ([torch.cat(parts) for parts in zip(*(getattr(p, name) for p in pieces), strict=True)] for name in ("mean", "std"))
-        return Predictive(mean, std, torch.cat([p.z0_BL for p in pieces]))
-
-    def _predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, only_missing: bool) -> Predictive:
-        inputs = self.inputs(x, observed)
         shared = self.config.shared
         nodes_SL = normal_nodes(draws, shared + max(p.own for p in self.private)).to(self.hide_K.device)
-        z0_SBL, mean_BL = self._shared(inputs, nodes_SL[:, None, :shared])
-        mean, std = [], []
-        for j, private in enumerate(self.private):
-            noise = nodes_SL[:, None, shared : shared + private.own]
-            lacking_B = ~observed[j].all(1)
-            rows = lacking_B.nonzero().squeeze(1) if only_missing else slice(None)
-            heads = self._decode(j, inputs, z0_SBL[:, rows], noise, rows)
-            mean_RD, std_RD = self.likelihoods[j].moments(heads, self.standardise[j])
-            mean.append(mean_RD if not only_missing else x[j].float().index_copy(0, rows, mean_RD))
-            std.append(std_RD if not only_missing else torch.zeros_like(x[j]).float().index_copy(0, rows, std_RD))
-        return Predictive(mean, std, mean_BL)
+        z0_SEBL, mean_EBL = self._shared(inputs, nodes_SL[:, None, None, :shared])
+        return Latents(z0_SEBL, mean_EBL, nodes_SL[:, None, None, shared:])
+
+    def heads(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> Heads:
+        """p(xj | zj, z0) of some rows at every node and member: what `Likelihoods` takes, leading S and E."""
+        return self._decode(j, inputs, latents.z0_SEBL[:, :, rows], latents.noise_S11L[..., : self.private[j].own], rows)
+
+    @torch.no_grad()
+    def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 4) -> Predictive:
+        """Mean and standard deviation of every entry given what is observed: the mixture over members and nodes."""
+        inputs = self.inputs(x, observed)
+        latents = self.latents(inputs, draws)
+        rows = torch.arange(len(x[0]), device=self.hide_K.device)
+        heads = [self.heads(j, inputs, latents, rows) for j in range(len(self.private))]
+        found = [lik.moments(h, s) for lik, h, s in zip(self.likelihoods, heads, self.standardise, strict=True)]
+        mean, std = map(list, zip(*found, strict=True))
+        return Predictive(mean, std, latents.mean_EBL[0])
 
     @torch.no_grad()
     def impute(
@@ -244,21 +280,30 @@ class MultiModalVAE(nn.Module):
         """Complete records. `record` holds K pairs: (N x D_j tensor, 1) or (anything, 0).
 
         Returns K tensors, N x D_j (draws=None: one draw) or draws x N x D_j. Observed values are copied to the bit;
-        what is missing, NaN inside an observed modality included, is drawn jointly: one z0 and zj per draw.
+        what is missing, NaN inside an observed modality included, is drawn jointly: one member, z0 and zj per draw.
         """
-        x, observed = self._read(record)
-        inputs = self.inputs(x, observed)
-        shape = (1 if draws is None else draws, x[0].shape[0], self.config.shared)
-        z0_SBL, _ = self._shared(inputs, self._noise(shape, generator))
-        completed = []
-        for j, (x_BD, seen_BD) in enumerate(zip(x, observed, strict=True)):
-            noise = self._noise((*z0_SBL.shape[:2], self.private[j].own), generator)
-            heads = self._decode(j, inputs, z0_SBL, noise)
-            drawn_SBD = self.likelihoods[j].sample(heads, self.standardise[j], generator).to(x_BD.dtype)
-            completed.append(torch.where(seen_BD, x_BD, drawn_SBD))
+        x, observed = self.read(record)
+        shares = [len(s) for s in torch.arange(1 if draws is None else draws).tensor_split(self.config.members)]
+        drawn = [self._draw(e, x, observed, share, generator) for e, share in enumerate(shares) if share]
+        completed = [
+            torch.where(seen_BD, x_BD, torch.cat(d)) for x_BD, seen_BD, d in zip(x, observed, zip(*drawn, strict=True), strict=True)
+        ]
         return [c[0] for c in completed] if draws is None else completed
 
-    def _read(self, record: Sequence[tuple[Tensor | None, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _draw(
+        self, index: int, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, generator: torch.Generator | None
+    ) -> list[Tensor]:
+        """draws x N x D_j of one member."""
+        model = self if self.config.members == 1 else self.member(index)
+        inputs = model.inputs(x, observed)
+        z0_SEBL, _ = model._shared(inputs, self._noise((draws, 1, x[0].shape[0], self.config.shared), generator))
+        drawn = []
+        for j, private in enumerate(model.private):
+            heads = model._decode(j, inputs, z0_SEBL, self._noise((*z0_SEBL.shape[:3], private.own), generator))
+            drawn.append(model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0].to(x[j].dtype))
+        return drawn
+
+    def read(self, record: Sequence[tuple[Tensor | None, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """Pairs -> values and masks. N comes from the observed tensors, else from any tensor, else it is 1."""
         modalities = self.config.modalities
         if len(record) != len(modalities):
@@ -276,5 +321,8 @@ class MultiModalVAE(nn.Module):
     @torch.no_grad()
     def generate(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0): K tensors n x D_j in original units."""
-        nothing = [(torch.empty(n, 0), 0)] * len(self.private)
-        return self.impute(nothing, generator=generator)
+        shares = [len(s) for s in torch.arange(n).tensor_split(self.config.members)]
+        parts = [
+            self.member(e).impute([(torch.empty(share, 0), 0)] * len(self.private), generator=generator) for e, share in enumerate(shares)
+        ]
+        return [torch.cat(p) for p in zip(*parts, strict=True)]

@@ -10,7 +10,6 @@ from mmimpute.data import profile
 from mmimpute.data.arrow import decode, flat
 from mmimpute.data.profile import feature_statistics, long_tailed, marginals, merge, observe, settle
 from mmimpute.data.schema import draft_schema
-from mmimpute.data.split import member, position
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec
 from tests.conftest import linear_cohort
@@ -22,17 +21,15 @@ def schema_of(table: pa.Table):
 
 
 @pytest.mark.parametrize("cuts", [[], [200], [17, 30, 512]])
-@pytest.mark.parametrize("training_only", [False, True])
-def test_merged_statistics_are_those_of_the_whole(cuts, training_only):
+def test_merged_statistics_are_those_of_the_whole(cuts):
     table = linear_cohort(600)
     schema = schema_of(table)
     bounds = [0, *cuts, 600]
-    parts = [observe(table.slice(a, b - a), schema, "s", 1.0, training_only) for a, b in pairwise(bounds)]
+    parts = [observe(table.slice(a, b - a), schema, "s", 1.0) for a, b in pairwise(bounds)]
     found = parts[-1]
     for part in parts[:-1]:
         found = merge(found, part)
-    chosen = member(position(table["subject_id"]), "train") if training_only else np.ones(600, bool)
-    x = flat(decode(table, schema, "s"))[chosen].astype(np.float64)
+    x = flat(decode(table, schema, "s")).astype(np.float64)
     np.testing.assert_allclose(found.mean, np.nanmean(x, 0), atol=1e-6)
     np.testing.assert_allclose(np.sqrt(found.m2 / found.count), np.nanstd(x, 0), atol=1e-6)
     assert found.rows == 600 and found.patterns.total() == 600
@@ -55,7 +52,7 @@ def test_kinds_are_settled():
         }
     )
     schema = draft_schema(CohortSpec(modalities={"m": ModalitySpec(prefix="m__")}), table.schema, {})
-    settled, _ = settle(schema, observe(table, schema, "s", 1.0, False))
+    settled, _ = settle(schema, observe(table, schema, "s", 1.0))
     kinds = {f.name: f.kind for f in settled.modalities[0].features}
     assert kinds == {
         "real": "real",
@@ -74,7 +71,7 @@ def test_free_text_is_no_category():
     table = pa.table({"subject_id": range(60), "m__note": [f"note {i}" for i in range(60)]})
     schema = draft_schema(CohortSpec(modalities={"m": ModalitySpec(prefix="m__")}), table.schema, {})
     with pytest.raises(UserError, match="'note': categorical, but not of 2 to 50 texts") as caught:
-        settle(schema, observe(table, schema, "s", 1.0, False))
+        settle(schema, observe(table, schema, "s", 1.0))
     assert "note 1" not in str(caught.value)
 
 
@@ -83,7 +80,7 @@ def test_standardisation_follows_the_values():
     skewed = np.exp(1.5 * np.random.default_rng(0).normal(size=3000))
     table = table.append_column("dx__skewed", pa.array(skewed))
     schema = schema_of(table)
-    settled, seen = settle(schema, observe(table, schema, "s", 1.0, False))
+    settled, seen = settle(schema, observe(table, schema, "s", 1.0))
     found = feature_statistics(settled, seen)
     assert found["dx"]["log"].tolist() == [False, False, False, True]
     unit = np.median(skewed)
@@ -105,8 +102,8 @@ def test_the_sample_depends_on_subjects_alone():
     table = linear_cohort(2000)
     schema = schema_of(table)
     order = np.random.default_rng(0).permutation(2000)
-    straight = observe(table, schema, "s", 0.2, False).sample[0]
-    shuffled = observe(table.take(pa.array(order)), schema, "s", 0.2, False).sample[0]
+    straight = observe(table, schema, "s", 0.2).sample[0]
+    shuffled = observe(table.take(pa.array(order)), schema, "s", 0.2).sample[0]
     assert 300 < len(straight) < 500
     np.testing.assert_array_equal(np.sort(straight, 0), np.sort(shuffled, 0))
 
@@ -115,7 +112,7 @@ def test_ranges_leave_out_small_groups():
     values = np.r_[np.zeros(50), np.linspace(0, 1, 41), np.full(9, 777.0)]
     table = pa.table({"subject_id": range(100), "m__v": values + 0.5})
     schema = draft_schema(CohortSpec(modalities={"m": ModalitySpec(prefix="m__")}), table.schema, {})
-    settled, seen = settle(schema, observe(table, schema, "s", 1.0, False))
+    settled, seen = settle(schema, observe(table, schema, "s", 1.0))
     (feature,) = profile.report(settled, seen)["modalities"]["m"]["features"]
     assert feature["high"] <= 1.5
     found = feature_statistics(settled, seen)["m"]

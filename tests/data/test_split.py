@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmimpute.data.split import BOUNDS, member, position
+from mmimpute.data.split import MANY_ROWS, fold, members_for, position
 
 
 @given(st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=20), st.randoms())
@@ -21,11 +21,14 @@ def test_golden_places():
     np.testing.assert_array_equal(position(pa.array([17])), position(pa.array(["17"])))
 
 
-def test_splits_part_the_subjects_as_they_say():
+def test_folds_part_the_subjects_evenly():
     places = position(pa.array(range(20_000)))
-    parts = {split: member(places, split) for split in BOUNDS}
-    assert (sum(p.astype(int) for p in parts.values()) == 1).all()
-    for split, (low, high) in BOUNDS.items():
-        assert abs(parts[split].mean() - (high - low)) < 4 * np.sqrt(0.2 / 20_000)
+    for members, expected in ((5, [0.0, 0.2, 0.2, 0.2, 0.2, 0.2]), (1, [0.9, 0.1])):
+        shares = np.bincount(fold(places, members) + 1, minlength=members + 1) / 20_000
+        np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.2 / 20_000))
     other = position(pa.array(range(20_000)), "sample")
     assert abs(np.corrcoef(places, other)[0, 1]) < 0.03
+
+
+def test_the_number_of_members_follows_the_rows():
+    assert [members_for(n) for n in (60, MANY_ROWS - 1, MANY_ROWS)] == [5, 5, 1]

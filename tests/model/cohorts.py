@@ -1,12 +1,15 @@
 """Small synthetic cohorts with known truth."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
+from mmimpute.model import FeatureStatistics, Imputer, ModalityConfig, ModelConfig, MultiModalVAE
+from mmimpute.stacking import assemble
+from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
 
 MIXED = ModalityConfig("labs.mixed", ("real", "binary", "count", "ordinal", "categorical", "ordinal", "real"), (0, 0, 0, 4, 3, 6, 0))
 CONFIG = ModelConfig(
@@ -42,14 +45,14 @@ def mixed_values(rows: int, seed: int = 0) -> list[Tensor]:
     return [torch.tensor(v, dtype=torch.float32) for v in (mixed, draw.normal(size=(rows, 5)), codes)]
 
 
-def mixed_model(seed: int = 0) -> MultiModalVAE:
+def mixed_model(seed: int = 0, members: int = 1) -> MultiModalVAE:
     """An untrained model of every kind, with weights that are not at their symmetric start."""
     torch.manual_seed(seed)
     values = mixed_values(500)
     fitted = {
         m.name: statistics(v.numpy(), m.kinds, log=(6,) if m is MIXED else ()) for m, v in zip(CONFIG.modalities, values, strict=True)
     }
-    model = MultiModalVAE(CONFIG, fitted).eval()
+    model = MultiModalVAE(dataclasses.replace(CONFIG, members=members), fitted).eval()
     with torch.no_grad():
         for private in model.private:
             private.curved.weight.normal_(0, 0.1)
@@ -90,3 +93,23 @@ class LinearGaussian:
         gain = np.linalg.solve(seen, b @ a.T).T
         mean = np.concatenate([x[g].numpy() for g in given], 1) @ gain.T
         return mean, a @ a.T + self.noise**2 * np.eye(len(a)) - gain @ b @ a.T
+
+
+def everything(x: list[Tensor]) -> list[Tensor]:
+    """Masks of complete records."""
+    return [torch.ones_like(t, dtype=torch.bool) for t in x]
+
+
+def fit_linear_gaussian(x: list[Tensor], observed: list[Tensor] | None = None, epochs: int = 10) -> Imputer:
+    """The whole model, small: some ten seconds for 4,800 records."""
+    observed = everything(x) if observed is None else observed
+    torch.manual_seed(0)
+    rows = len(x[0])
+    modalities = tuple(ModalityConfig(n, ("real",) * t.shape[1]) for n, t in zip("abc", x, strict=True))
+    sizes = {"shared": 8, "hidden": 64, "decoder": 32, "dropout": 0.0, "drop_values": 0.0, "elbo_weight": 0.5, "elbo_share": 1.0}
+    config = ModelConfig(modalities, members=5, impute_draws=8, **sizes)
+    vae = MultiModalVAE(config, {m.name: statistics(t[~t.isnan().any(1)].numpy(), m.kinds) for m, t in zip(modalities, x, strict=True)})
+    fold = torch.arange(rows) % 5
+    plan = schedule(rows, batch=64, epochs=epochs)
+    fitted = fit_in_memory(vae, (x, observed), fold, OptimiserSettings(lr=6e-3), plan)
+    return assemble(fitted.model, x, observed, fold)

@@ -78,12 +78,12 @@ def test_product_of_experts_multiplies_densities_and_keeps_the_prior():
 def mixed():
     values = mixed_values(4000)[0].numpy()
     standardise = Standardise(statistics(values, MIXED.kinds, log=(6,)))
-    return Likelihoods(MIXED, standardise), standardise, values
+    return Likelihoods(MIXED, standardise, 1), standardise, values
 
 
 def test_zero_outputs_are_the_training_marginal(mixed):
     likelihood, standardise, values = mixed
-    mean, std = likelihood.moments(likelihood.heads(torch.zeros(1, 1, likelihood.size)), standardise)
+    mean, std = likelihood.moments(likelihood.heads(torch.zeros(1, 1, 1, likelihood.size)), standardise)
     real, binary, ordinal = [0], [1], [3, 5]
     # Uniform levels are flatter than any logistic, hence the room for the ordinal ones.
     for columns, tolerance in ((real, 1e-3), (binary, 1e-3), (ordinal, 0.3)):
@@ -95,9 +95,9 @@ def test_samples_have_the_moments_of_the_likelihood(mixed):
     """Every kind, a log-transformed real feature included."""
     likelihood, standardise, _ = mixed
     raw = 0.3 * torch.randn(1, likelihood.size, generator=torch.Generator().manual_seed(2))
-    heads = likelihood.heads(raw.expand(40_000, -1))
-    drawn = likelihood.sample(heads, standardise, torch.Generator().manual_seed(3)).detach().numpy()
-    mean, std = (t[0].detach().numpy() for t in likelihood.moments(likelihood.heads(raw[None]), standardise))
+    heads = likelihood.heads(raw.expand(1, 40_000, -1))
+    drawn = likelihood.sample(heads, standardise, torch.Generator().manual_seed(3))[0].detach().numpy()
+    mean, std = (t[0].detach().numpy() for t in likelihood.moments(likelihood.heads(raw[None, None]), standardise))
     moments = [i for i, kind in enumerate(MIXED.kinds) if kind != "categorical"]
     np.testing.assert_allclose(drawn.mean(0)[moments], mean[moments], rtol=0.04, atol=0.02)
     np.testing.assert_allclose(drawn.std(0)[moments], std[moments], rtol=0.06)
@@ -109,8 +109,8 @@ def test_samples_have_the_moments_of_the_likelihood(mixed):
 
 def test_samples_stay_inside_the_support(mixed):
     likelihood, standardise, _values = mixed
-    raw = 3 * torch.randn(500, likelihood.size, generator=torch.Generator().manual_seed(4))
-    drawn = likelihood.sample(likelihood.heads(raw), standardise).detach().numpy()
+    raw = 3 * torch.randn(1, 500, likelihood.size, generator=torch.Generator().manual_seed(4))
+    drawn = likelihood.sample(likelihood.heads(raw), standardise)[0].detach().numpy()
     assert np.isfinite(drawn).all()
     for i, (kind, levels) in enumerate(zip(MIXED.kinds, MIXED.levels, strict=True)):
         if kind != "real":
@@ -121,7 +121,7 @@ def test_samples_stay_inside_the_support(mixed):
 
 def test_discrete_probabilities_sum_to_one(mixed):
     likelihood, _, _ = mixed
-    raw = torch.randn(3, likelihood.size)
+    raw = torch.randn(1, 3, likelihood.size)
     for i, kind in enumerate(MIXED.kinds):
         top = {"binary": 2, "count": 4000}.get(kind, MIXED.levels[i])
         if kind == "real":
@@ -129,14 +129,14 @@ def test_discrete_probabilities_sum_to_one(mixed):
         target = torch.zeros(top, 1, len(MIXED.kinds))
         target[:, 0, i] = torch.arange(top)
         total = likelihood.log_prob(likelihood.heads(raw), target)[..., i].exp().sum(0)
-        torch.testing.assert_close(total, torch.ones(3), atol=2e-3, rtol=0)
+        torch.testing.assert_close(total[0] if total.dim() > 1 else total, torch.ones(3), atol=2e-3, rtol=0)
 
 
 def test_pair_score_prefers_the_right_dependence():
     """Two features that move together: the score of single features cannot tell, the score of pairs can."""
     config = ModalityConfig("m", ("real", "real"))
     standardise = Standardise(statistics(np.random.default_rng(0).normal(size=(500, 2)), config.kinds))
-    likelihood, generator = Likelihoods(config, standardise), torch.Generator().manual_seed(0)
+    likelihood, generator = Likelihoods(config, standardise, 1), torch.Generator().manual_seed(0)
     rows = 20_000
     x = torch.randn(rows, 1, generator=generator).expand(-1, 2)
     half = 0.9 * torch.randn(2, rows, 2, generator=generator)

@@ -73,7 +73,7 @@ def test_nothing_observed_is_the_prior():
     inputs = model.inputs(x, nothing)
     q0 = model.inference(inputs.codes, inputs.shown_BK)
     assert (q0.mean == 0).all() and (q0.var == 1).all()
-    z0 = torch.randn(4, CONFIG.shared)
+    z0 = torch.randn(1, 4, CONFIG.shared)
     for j, private in enumerate(model.private):
         prior = private.p(z0)
         posterior = private.q(z0, prior, inputs.codes[j], inputs.shown_BK[:, j])
@@ -89,18 +89,6 @@ def test_a_row_does_not_depend_on_its_neighbours():
         alone = model.predict([v[row : row + 1] for v in x], [o[row : row + 1] for o in observed])
         for a, b in zip(alone.mean + alone.std, together.mean + together.std, strict=True):
             torch.testing.assert_close(a[0], b[row], rtol=1e-5, atol=1e-5)
-
-
-def test_predicting_only_what_is_missing_gives_the_same_there():
-    model, x = mixed_model(), mixed_values(ROWS)
-    observed = masks(x, share=0.9)
-    full, part = model.predict(x, observed), model.predict(x, observed, only_missing=True)
-    for k, o in enumerate(observed):
-        lacking = ~o.all(1)
-        assert 0 < lacking.sum() < ROWS
-        torch.testing.assert_close(part.mean[k][lacking], full.mean[k][lacking], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(part.std[k][lacking], full.std[k][lacking], rtol=1e-5, atol=1e-5)
-        assert torch.equal(part.mean[k][~lacking], x[k][~lacking]) and (part.std[k][~lacking] == 0).all()
 
 
 def test_predict_agrees_with_the_moments_of_draws():
@@ -127,15 +115,45 @@ def test_terms_add_up_and_respect_the_masks():
     model, x = mixed_model(), mixed_values(ROWS)
     observed = masks(x)
     terms = model(x, observed)
-    expected = terms.reconstruction_BK.sum(1) - terms.private_kl_BK.sum(1) - terms.shared_kl_B
-    torch.testing.assert_close(terms.elbo_B, expected)
-    torch.testing.assert_close(terms.imputation_B, terms.impute_BK.sum(1))
-    torch.testing.assert_close(terms.total_B, expected + terms.impute_BK.sum(1))
-    assert (terms.private_kl_BK >= -1e-5).all() and (terms.shared_kl_B >= -1e-5).all()
-    for term in (terms.reconstruction_BK, terms.private_kl_BK):
+    expected = terms.reconstruction_ERK.sum(2) - terms.private_kl_ERK.sum(2) - terms.shared_kl_ER
+    torch.testing.assert_close(terms.elbo_ER, expected)
+    torch.testing.assert_close(terms.imputation_EB, terms.impute_EBK.sum(2))
+    torch.testing.assert_close(terms.total_ER, expected + terms.impute_EBK.sum(2))
+    assert (terms.private_kl_ERK >= -1e-5).all() and (terms.shared_kl_ER >= -1e-5).all()
+    for term in (terms.reconstruction_ERK[0], terms.private_kl_ERK[0]):
         assert (term[~terms.observed_BK] == 0).all() and (term[terms.observed_BK] != 0).all()
-    for term in (terms.impute_BK, terms.score_BK):
+    for term in (terms.impute_EBK[0], terms.score_EBK[0]):
         assert (term[~terms.hidden_BK] == 0).all() and (term[terms.hidden_BK] != 0).all()
+
+
+def test_members_side_by_side_are_each_what_they_are_alone():
+    model, x = mixed_model(members=3), mixed_values(ROWS)
+    observed = masks(x)
+    together = model.predict(x, observed)
+    alone = [model.member(e).predict(x, observed) for e in range(3)]
+    for j in range(3):
+        numbers = [i for i, kind in enumerate(CONFIG.modalities[j].kinds) if kind != "categorical"]
+        mean = torch.stack([p.mean[j] for p in alone]).mean(0)
+        torch.testing.assert_close(together.mean[j][:, numbers], mean[:, numbers], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.z0_BL, alone[0].z0_BL)
+    assert not torch.allclose(alone[0].mean[1], alone[1].mean[1])
+
+
+def test_a_member_learns_nothing_from_its_own_fold():
+    """Whatever the records of fold 1 hold, member 1 gets the same gradient, and member 0 another one."""
+    model, x = mixed_model(members=2), mixed_values(ROWS)
+    fold_B = torch.arange(ROWS) % 2
+    weight_EB = (fold_B != torch.arange(2)[:, None]).float()
+    observed = [torch.ones_like(v, dtype=torch.bool) for v in x]
+    other = [torch.where((fold_B == 1)[:, None], v.flip(0), v) for v in x]
+    found = []
+    for values in (x, other):
+        model.zero_grad()
+        model(values, observed, weight_EB, generator=torch.Generator().manual_seed(0)).objective.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a[1], b[1], rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(a[0], b[0], rtol=1e-2) for a, b in zip(*found, strict=True))
 
 
 def test_elbo_is_a_lower_bound_that_many_samples_approach():
@@ -145,12 +163,12 @@ def test_elbo_is_a_lower_bound_that_many_samples_approach():
         for p in model.parameters():
             p.zero_()
         for part in [model.shared.trunk[-1], *(q.expert for q in model.private)]:
-            part.bias[part.out_features // 2 :] = -50.0  # precision 0: every posterior is its prior
+            part.bias[..., part.bias.shape[-1] // 2 :] = -50.0  # precision 0: every posterior is its prior
     observed = [torch.zeros_like(x[0], dtype=torch.bool), torch.ones_like(x[1], dtype=torch.bool), torch.zeros_like(x[2], dtype=torch.bool)]
     terms = model(x, observed)
     z = model.standardise[1](x[1])
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
-    torch.testing.assert_close(terms.elbo_B, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(terms.elbo_ER[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("absent", [None, 0, 1, 2])
@@ -197,13 +215,14 @@ def test_mistakes_are_explained(make, message):
 def test_the_prior_takes_the_moments_of_the_aggregate_posterior():
     generator = torch.Generator().manual_seed(0)
     mean_BL = torch.randn(4000, 3, generator=generator) @ torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 0.1]]) + 1.5
-    q = Normal(mean_BL, torch.full_like(mean_BL, 0.3))
-    prior = SharedPrior(3)
-    torch.testing.assert_close(prior.sample(torch.eye(3)), torch.eye(3))
-    prior.fit(moments(Normal(q.mean[:1000], q.var[:1000])) + moments(Normal(q.mean[1000:], q.var[1000:])))
-    torch.testing.assert_close(prior.mean_L, mean_BL.mean(0))
+    q = Normal(torch.stack([mean_BL, -mean_BL]), torch.full((2, *mean_BL.shape), 0.3))
+    prior = SharedPrior(2, 3)
+    torch.testing.assert_close(prior.sample(torch.eye(3)), torch.eye(3).expand(2, 3, 3))
+    prior.fit(moments(Normal(q.mean[:, :1000], q.var[:, :1000])) + moments(Normal(q.mean[:, 1000:], q.var[:, 1000:])))
     expected_LL = mean_BL.T.cov(correction=0) + 0.3 * torch.eye(3)
-    torch.testing.assert_close(prior.root_LL @ prior.root_LL.T, expected_LL, rtol=1e-4, atol=1e-4)
+    for mean_L, root_LL, sign in zip(prior.mean_EL, prior.root_ELL, (1, -1), strict=True):
+        torch.testing.assert_close(mean_L, sign * mean_BL.mean(0))
+        torch.testing.assert_close(root_LL @ root_LL.T, expected_LL, rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_has_nothing_observed_comes_from_the_fitted_prior():
@@ -212,7 +231,7 @@ def test_only_what_has_nothing_observed_comes_from_the_fitted_prior():
     observed = [o & (torch.arange(ROWS) > 0)[:, None] for o in observed]
     some_B = torch.stack([o.any(1) for o in observed]).any(0)
     before = model.predict(x, observed)
-    model.prior.fit(torch.diag(torch.tensor([1.0] + [0.01] * model.config.shared)) + 0.0)
+    model.prior.fit(torch.diag(torch.tensor([1.0] + [0.01] * model.config.shared))[None])
     after = model.predict(x, observed)
     for a, b in zip(before.mean + before.std, after.mean + after.std, strict=True):
         assert torch.equal(a[some_B], b[some_B])

@@ -8,13 +8,17 @@ import torch
 from cohorts import CONFIG, masks, mixed_model, mixed_values
 
 from mmimpute.model import ModelConfig
-from mmimpute.training import OptimiserSettings, Training, fit_in_memory, in_batches, schedule, summarise
+from mmimpute.training import OptimiserSettings, Training, fit_in_memory, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
 
 
+def in_batches(data, size):
+    return [take(data, i) for i in slices(len(data[0][0]), size)]
+
+
 def batches(steps):
-    parts = list(in_batches(DATA, 32))
+    parts = in_batches(DATA, 32)
     return [parts[i % len(parts)] for i in range(steps)]
 
 
@@ -86,7 +90,9 @@ def test_small_cohorts_lean_on_the_generative_model():
 
 def test_fit_keeps_the_best_average():
     train, tune = (mixed_values(200), masks(mixed_values(200))), DATA
-    fitted = fit_in_memory(mixed_model(), train, tune, plan=schedule(200, batch=50, epochs=3))
+    both = [[torch.cat(pair) for pair in zip(a, b, strict=True)] for a, b in zip(train, tune, strict=True)]
+    fold = torch.cat([torch.full((200,), -1), torch.zeros(96, dtype=torch.long)])
+    fitted = fit_in_memory(mixed_model(), both, fold, plan=schedule(200, batch=50, epochs=3))
     losses = [h["loss"] for h in fitted.history]
     again = Training(fitted.model, OptimiserSettings(), 1).tune(in_batches(tune, 1024))
     assert summarise(again)["loss"] == pytest.approx(min(losses))

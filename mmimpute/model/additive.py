@@ -1,0 +1,152 @@
+"""The additive expert: ridge and logistic regression of every feature on the other modalities' encoded values.
+
+An encoded number is itself and its piecewise-linear ramps, so the regression is a sum of curves (a generalised additive
+model with linear splines). Inputs that are missing are at the Gaussian expert's conditional means, with a flag.
+
+Shape suffixes: E members, B or N records, K modalities, D features, F features of one kind, C input columns, R rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor, nn
+
+from mmimpute.model.config import ModelConfig
+from mmimpute.model.gaussian import Components, Gaussian
+from mmimpute.model.networks import CLIP, Code
+
+WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
+MASKED_STEPS = 6  # of majorisation-minimisation where single targets are missing
+NEWTON_STEPS = 25  # of L-BFGS on the preconditioned logistic regressions
+
+
+class Additive(nn.Module):
+    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself."""
+
+    def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
+        super().__init__()
+        self.widths = [self._width(m.width, code, c) for m, code, c in zip(config.modalities, codes, components, strict=True)]
+        for j, m in enumerate(config.modalities):
+            self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), m.width))
+            self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, m.width))
+            self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
+            self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
+
+    @staticmethod
+    def _width(width: int, code: Code, components: Components) -> int:
+        """Values, ramps, levels and holes, or components; and a flag."""
+        return 1 + (code.width if width <= WIDEST else components.basis_EDQ.shape[2])
+
+    def columns(self, filled_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> Tensor:
+        """(E, B, C): every modality's encoded values. filled_EBP: the Gaussian's completed vector."""
+        out = []
+        parts = filled_EBP.split(gaussian.sizes, -1)
+        for j, (code, component, part) in enumerate(zip(codes, gaussian.components, parts, strict=True)):
+            present_B1 = observed[j].any(1, keepdim=True)
+            if z[j].shape[1] > WIDEST:
+                padded = fn.pad(part, (0, component.basis_EDQ.shape[2] - component.parts))
+                block = torch.where(present_B1, component.scores(z[j]), padded)
+            else:
+                filled_EBD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), component.restore(part))
+                block = self._encoded(filled_EBD, x[j], observed[j], code, knots[j])
+            flag = (present_B1.to(block.dtype) - 0.5).expand(*block.shape[:-1], 1)
+            out += [block, flag]
+        return torch.cat(out, -1)
+
+    @staticmethod
+    def _encoded(z_EBD: Tensor, x_BD: Tensor, seen_BD: Tensor, code: Code, knots_DO: Tensor) -> Tensor:
+        members = z_EBD.shape[0]
+        shared = code(torch.zeros_like(x_BD), x_BD, seen_BD, knots_DO) / code.scale  # levels and holes come from here
+        numbers, curves = code.numeric_F.numel(), 8 * code.curved_F.numel()
+        return torch.cat(
+            [
+                z_EBD.index_select(-1, code.numeric_F),
+                code.ramps(z_EBD, knots_DO).flatten(2),
+                shared[:, numbers + curves :].expand(members, -1, -1),
+            ],
+            -1,
+        )
+
+    def forward(self, j: int, columns_EBC: Tensor) -> Tensor:
+        """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
+        return torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
+
+    def own(self, j: int) -> slice:
+        start = sum(self.widths[:j])
+        return slice(start, start + self.widths[j])
+
+    @torch.no_grad()
+    def set_member(self, member: int, j: int, solution: tuple[Tensor, Tensor]) -> None:
+        """weight (C, D_j) and bias (D_j,) of one member."""
+        getattr(self, f"weight_{j}")[member] = solution[0]
+        getattr(self, f"bias_{j}")[member, 0] = solution[1]
+
+
+class Regression:
+    """Ridge and logistic regressions of one modality's features on one set of columns, for any penalty.
+
+    The columns are rotated to their principal axes once; in these the penalised problems are nearly separable.
+    """
+
+    def __init__(self, columns_NC: Tensor, z_ND: Tensor, x_ND: Tensor, seen_ND: Tensor, real_D: Tensor, binary_D: Tensor) -> None:
+        self.centre_C = columns_NC.mean(0)
+        centred_NC = (columns_NC - self.centre_C).double()
+        if len(centred_NC) < centred_NC.shape[1]:
+            values_R, left_NR = torch.linalg.eigh(centred_NC @ centred_NC.T)
+            kept = values_R > 1e-8 * values_R.max()
+            self.axes_CR = centred_NC.T @ (left_NR[:, kept] / values_R[kept].sqrt())
+            self.values_R = values_R[kept]
+        else:
+            self.values_R, self.axes_CR = torch.linalg.eigh(centred_NC.T @ centred_NC)
+            self.values_R = self.values_R.clamp_min(0)
+        self.rotated_NR = (centred_NC @ self.axes_CR).float()
+        self.z_ND, self.x_ND, self.seen_ND = z_ND, x_ND, seen_ND.float()
+        self.real_D, self.binary_D = real_D, binary_D
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance."""
+        weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.real_D))
+        bias_D = self.rotated_NR.new_zeros(len(self.real_D))
+        for kind_D, solver in ((self.real_D, self._ridge), (self.binary_D, self._logistic)):
+            if kind_D.any():
+                weight_RD[:, kind_D], bias_D[kind_D] = solver(kind_D, penalty)
+        weight_CD = (self.axes_CR @ weight_RD.double()).float()
+        return weight_CD, bias_D - self.centre_C @ weight_CD
+
+    def _ridge(self, kind_D: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+        """Missing targets by majorisation-minimisation: the step's matrix is that of all records, so one fits all features."""
+        y_NF, seen_NF = self.z_ND[:, kind_D].clamp(-2 * CLIP, 2 * CLIP), self.seen_ND[:, kind_D]
+        count_F = seen_NF.sum(0).clamp_min(1)
+        values_R1 = self.values_R[:, None].float()
+        bias_F = (y_NF * seen_NF).sum(0) / count_F
+        weight_RF = torch.zeros(len(values_R1), int(kind_D.sum()))
+        for step in range(1 if bool(seen_NF.all()) else MASKED_STEPS):
+            error_NF = seen_NF * (y_NF - bias_F - self.rotated_NR @ weight_RF)
+            curvature = values_R1 * count_F / len(y_NF) if step == 0 else values_R1
+            weight_RF = weight_RF + (self.rotated_NR.T @ error_NF - penalty * weight_RF) / (curvature + penalty)
+            bias_F = bias_F + (seen_NF * (y_NF - bias_F - self.rotated_NR @ weight_RF)).sum(0) / count_F
+        return weight_RF, bias_F
+
+    def _logistic(self, kind_D: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+        y_NF, seen_NF = self.x_ND[:, kind_D], self.seen_ND[:, kind_D]
+        chance_F = ((y_NF * seen_NF).sum(0) / seen_NF.sum(0).clamp_min(1)).clamp(1e-3, 1 - 1e-3)
+        variance_F = chance_F * (1 - chance_F)
+        scale_RF = ((self.values_R[:, None].float() + penalty) * variance_F).rsqrt()  # Newton's at the start
+        steps_RF = torch.zeros_like(scale_RF, requires_grad=True)
+        bias_F = torch.logit(chance_F).requires_grad_(True)
+        optimiser = torch.optim.LBFGS(
+            [steps_RF, bias_F], max_iter=NEWTON_STEPS, history_size=8, line_search_fn="strong_wolfe", tolerance_grad=1e-3
+        )
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            weight_RF = steps_RF * scale_RF
+            nats_NF = fn.binary_cross_entropy_with_logits(bias_F + self.rotated_NR @ weight_RF, y_NF, reduction="none")
+            value = (nats_NF * seen_NF).sum() + 0.5 * penalty * (variance_F * weight_RF.square()).sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+        return (steps_RF * scale_RF).detach(), bias_F.detach()

@@ -1,0 +1,283 @@
+"""The stack: what the experts say about a missing value, mixed and calibrated by weights that cross-fitting found.
+
+Per modality, with a_e what expert e says (standardised real features, logits of binary ones) and s the VAE's deviation:
+
+    location  = sum_e (w_e + delta_ed) a_ed + offset_d
+    log scale = level_d + kappa (log s - level_d) + shift_d + gamma log(1 + disagreement / s)
+
+Stack e belongs to member e: it was fitted to predictions that the other members made for records they had not seen.
+There is one set of parameters for modalities that are missing as a whole and one for gaps inside observed ones.
+
+Shape suffixes: E members, M experts, B or N records, D features, G 2: gap, whole.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor, nn
+
+from mmimpute.model.config import ModelConfig
+from mmimpute.model.likelihoods import MARGINAL_CRPS, mean_absolute
+from mmimpute.model.standardise import Standardise
+
+EXPERTS = ("vae", "additive", "gaussian")
+GAP, WHOLE = 0, 1
+LOG_SCALE = (-6.0, 3.0)
+PENALTY = 30.0  # of deviations from the modality's common weights, in records
+COMMON_PENALTY = 1e-3
+STEPS = 40  # of L-BFGS
+COMMON = ("weight", "kappa", "gamma")
+WIDE = 160  # features from which a modality's features have no weights of their own
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What the experts of each member say about one modality of some records."""
+
+    location_MEBD: Tensor
+    scale_EBD: Tensor  # the VAE's standard deviation
+
+
+class ModalityStack(nn.Module):
+    """One modality's parameters, for E members and both kinds of missingness."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        experts = len(EXPERTS)
+        self.register_buffer("weight_EGM", torch.full((members, 2, experts), 1 / experts))
+        self.register_buffer("delta_EGMD", torch.zeros(members, 2, experts, width))
+        for name in ("offset", "shift", "level"):
+            self.register_buffer(f"{name}_EGD", torch.zeros(members, 2, width))
+        self.register_buffer("kappa_EG", torch.ones(members, 2))
+        self.register_buffer("gamma_EG", torch.zeros(members, 2))
+        self.register_buffer("alone_EGMD", torch.ones(members, 2, experts, width))  # each expert's own error, standardised
+
+    def of(self, mode: int) -> dict[str, Tensor]:
+        """The parameters for gaps or for whole modalities, by name."""
+        return {name.rsplit("_", 1)[0]: t[:, mode] for name, t in self.named_buffers()}
+
+    def forward(self, beliefs: Beliefs, whole_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Each member's location and scale, (E, B, D)."""
+        parts = [mix(self.of(mode), beliefs) for mode in (GAP, WHOLE)]
+        return tuple(torch.where(whole_B[:, None], whole, gap) for gap, whole in zip(*parts, strict=True))
+
+
+def mix(parameters: dict[str, Tensor], beliefs: Beliefs) -> tuple[Tensor, Tensor]:
+    """The formulas above: parameters by name -> location and scale, (E, B, D)."""
+    p = parameters
+    weight_EM1D = p["weight"][:, :, None, None] + p["delta"][:, :, None]
+    location_EBD = (weight_EM1D.transpose(0, 1) * beliefs.location_MEBD).sum(0) + p["offset"][:, None]
+    disagreement_EBD = variance(beliefs.location_MEBD).clamp_min(1e-12).sqrt()
+    level_E1D = p["level"][:, None]
+    log_scale_EBD = (
+        level_E1D
+        + p["kappa"][:, None, None] * (beliefs.scale_EBD.log() - level_E1D)
+        + p["shift"][:, None]
+        + p["gamma"][:, None, None] * torch.log1p(disagreement_EBD / beliefs.scale_EBD)
+    )
+    return location_EBD, log_scale_EBD.clamp(*LOG_SCALE).exp()
+
+
+def variance(t: Tensor) -> Tensor:
+    """About the mean over the first dimension; torch's own warns of empty batches."""
+    return (t - t.mean(0)).square().mean(0)
+
+
+def pooled(location_EBD: Tensor, scale_EBD: Tensor) -> tuple[Tensor, Tensor]:
+    """The ensemble's location and scale, (B, D).
+
+    The scales were fitted to the errors of single members. The mean of members errs less by exactly their variance about
+    it (Krogh & Vedelsby 1995, eq. 5).
+    """
+    spread_BD = variance(location_EBD)
+    variance_BD = scale_EBD.square().mean(0)
+    return location_EBD.mean(0), torch.maximum(variance_BD - spread_BD, 0.25 * variance_BD).sqrt()
+
+
+def original(location: Tensor, scale: Tensor, real_D: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in original units: of the transformed Gaussian, or of a Bernoulli."""
+    mean, std = standardise.moments(location[None], scale[None])
+    chance = torch.sigmoid(location)
+    return torch.where(real_D, mean, chance), torch.where(real_D, std, (chance * (1 - chance)).sqrt())
+
+
+def crps(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of a Gaussian (Gneiting & Raftery 2007, eq. 21)."""
+    return mean_absolute(y - mean, std) - MARGINAL_CRPS * std
+
+
+@dataclass(frozen=True)
+class Target:
+    """The truth about one modality of some records, and what is scored of it."""
+
+    x_ND: Tensor  # original units
+    z_ND: Tensor  # standardised
+    scored_ND: Tensor  # bool
+    fold_N: Tensor
+    real_D: Tensor
+    standardise: Standardise
+
+    @property
+    def marginal_D(self) -> Tensor:
+        """The score of the records' own marginal."""
+        count_D = self.scored_ND.sum(0).clamp_min(1)
+        mean_D = (self.x_ND * self.scored_ND).sum(0) / count_D
+        numbers_ND = crps(self.x_ND, mean_D, self._std_D.clamp_min(1e-6)) * self.scored_ND
+        chance_D = mean_D.clamp(1e-4, 1 - 1e-4)
+        codes_D = fn.binary_cross_entropy(chance_D, chance_D, reduction="none")
+        return torch.where(self.real_D, numbers_ND.sum(0) / count_D, codes_D).clamp_min(1e-6)
+
+    @property
+    def _std_D(self) -> Tensor:
+        count_D = self.scored_ND.sum(0).clamp_min(1)
+        mean_D = (self.x_ND * self.scored_ND).sum(0) / count_D
+        return (((self.x_ND - mean_D) * self.scored_ND).square().sum(0) / count_D).sqrt()
+
+    @property
+    def live_D(self) -> Tensor:
+        """Features that vary and are scored often enough to be judged."""
+        return (self._std_D > 1e-6) & (self.scored_ND.sum(0) >= 10)
+
+    def part(self, features: Tensor) -> "Target":
+        columns = (t[..., features] for t in (self.x_ND, self.z_ND, self.scored_ND))
+        return Target(*columns, self.fold_N, self.real_D[features], self.standardise.part(features))
+
+    def score(self, location_END: Tensor, scale_END: Tensor) -> Tensor:
+        """The scoring rule per value, relative to that of the marginal, (E, N, D)."""
+        mean, std = original(location_END, scale_END, self.real_D, self.standardise)
+        numbers = crps(self.x_ND, mean, std.clamp_min(1e-6))
+        codes = fn.binary_cross_entropy_with_logits(location_END, self.x_ND.clamp(0, 1).expand_as(location_END), reduction="none")
+        return torch.where(self.real_D, numbers, codes)
+
+
+def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> None:
+    """Fits the stacks of all members for one kind of missingness to out-of-fold beliefs (M, 1, N, D).
+
+    Minimises the scoring rule, mean over features, plus penalties that fade with the number of records: L-BFGS from equal
+    weights. Member e's stack sees no record of fold e, unless there is one member only. The common weights of a wide
+    modality come from SAMPLE of its features; each of the others gets its own scale, in closed form.
+    """
+    members, width = len(stack.kappa_EG), len(target.live_D)
+    fold_EN = target.fold_N != torch.arange(members)[:, None] if members > 1 else (target.fold_N >= 0)[None]
+    scored_END = fold_EN[:, :, None] & target.scored_ND & target.live_D
+    count_ED = scored_END.sum(1).clamp_min(1)
+    if not bool(target.live_D.any()):
+        return
+    _measure_alone(stack, mode, beliefs, target, scored_END, count_ED)
+    stack.level_EGD[:, mode] = (beliefs.scale_EBD.log() * scored_END).sum(1) / count_ED
+    parameters = {name: t.clone() for name, t in stack.of(mode).items()}
+    chosen = target.live_D.nonzero().squeeze(1)
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
+    some = {name: t if name in COMMON else t[..., chosen] for name, t in parameters.items()}
+    own = ("shift",) if width > WIDE else ("delta", "offset", "shift")
+    part = Beliefs(beliefs.location_MEBD[..., chosen], beliefs.scale_EBD[..., chosen])
+    _minimise(some, (*COMMON, *own), part, target.part(chosen), scored_END[..., chosen])
+    for name, t in some.items():
+        if name in COMMON:
+            parameters[name] = t
+        else:
+            parameters[name][..., chosen] = t
+    if width > WIDE:
+        parameters["shift"] = _own_scale(parameters, beliefs, target, scored_END, count_ED)
+    for name, t in stack.named_buffers():
+        t[:, mode] = parameters[name.rsplit("_", 1)[0]]
+
+
+def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beliefs, target: Target, scored_END: Tensor) -> None:
+    """Replaces the named parameters by those of the least penalised score."""
+    free = {name: parameters[name].clone().requires_grad_() for name in names}
+    parameters |= free
+    optimiser = torch.optim.LBFGS(list(free.values()), max_iter=STEPS, line_search_fn="strong_wolfe")
+    count_ED, features = scored_END.sum(1).clamp_min(1), scored_END.shape[2]
+    share_ED = 1 / count_ED / target.marginal_D / features
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        score_END = target.score(*mix(parameters, beliefs))
+        value = ((score_END * scored_END).sum(1) * share_ED).sum()
+        own_ED = parameters["delta"].square().sum(1) + 0.25 * (parameters["offset"].square() + parameters["shift"].square())
+        value = value + (PENALTY / count_ED / features * own_ED).sum()
+        common = (free["weight"] - 1 / len(EXPERTS)).square().sum() + (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
+        value = value + COMMON_PENALTY * common
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    parameters |= {name: t.detach() for name, t in free.items()}
+
+
+def _own_scale(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tensor) -> Tensor:
+    """The shift of each feature at which its standardised errors have variance 1, shrunk to the modality's own."""
+    location_END, scale_END = mix(parameters | {"shift": torch.zeros_like(parameters["shift"])}, beliefs)
+    ratio_END = (target.z_ND - location_END).square() / scale_END.square()
+    shift_ED = 0.5 * ((ratio_END * scored_END).sum(1) / count_ED).clamp_min(1e-4).log()
+    typical_E1 = (shift_ED * target.live_D).sum(1, keepdim=True) / target.live_D.sum()
+    return typical_E1 + count_ED / (count_ED + PENALTY) * (shift_ED - typical_E1)
+
+
+def _measure_alone(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tensor) -> None:
+    for m in range(len(EXPERTS)):
+        error_END = (target.z_ND - beliefs.location_MEBD[m]).square() * scored_END
+        stack.alone_EGMD[:, mode, m] = (error_END.sum(1) / count_ED).sqrt().clamp_min(1e-3)
+
+
+class Stack(nn.Module):
+    """One `ModalityStack` per modality."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.modalities = nn.ModuleList(ModalityStack(config.members, m.width) for m in config.modalities)
+
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)  # coverage of the intervals that are kept
+LEAST_VALUES = 200  # of a group of its own
+GROUPS = ("gap", "few others observed", "most others observed")
+
+
+class Conformal(nn.Module):
+    """Quantiles of (value - mean) / std on out-of-fold records, per modality and group of missingness patterns.
+
+    Split conformal prediction with the normalised residual as the score (Lei et al. 2018, sec. 5.2), cross-fitted
+    (Vovk 2015): the rank is ceil((n + 1) (1 - alpha / 2)), so that n values give finite-sample coverage.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = (config.members, len(config.modalities), len(GROUPS), len(LEVELS), 2)
+        self.register_buffer("quantile_EKGL2", torch.zeros(size))
+        self.register_buffer("many_K", torch.zeros(len(config.modalities)))  # other modalities observed from which it is "most"
+
+    def group(self, j: int, observed: Sequence[Tensor]) -> Tensor:
+        """Which group each record belongs to as far as modality j is concerned, (B,)."""
+        present_BK = torch.stack([o.any(1) for o in observed], 1)
+        others_B = present_BK.sum(1) - present_BK[:, j].long()
+        return torch.where(present_BK[:, j], 0, 1 + (others_B >= self.many_K[j]).long())
+
+    def bounds(self, j: int, level: float, mean_BD: Tensor, std_BD: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+        quantile_G2 = self.quantile_EKGL2[:, j, :, LEVELS.index(level)].mean(0)
+        low_B1, high_B1 = quantile_G2[group_B].split(1, -1)
+        return mean_BD + low_B1 * std_BD, mean_BD + high_B1 * std_BD
+
+    @torch.no_grad()
+    def fit(self, j: int, residual: Tensor, group: Tensor, fold: Tensor) -> None:
+        """residual, group and fold of each out-of-fold value, flat. A group of few values takes the quantiles of all."""
+        members = len(self.quantile_EKGL2)
+        for e in range(members):
+            kept = (fold != e) if members > 1 else torch.ones_like(fold, dtype=torch.bool)
+            for g in range(len(GROUPS)):
+                own = residual[kept & (group == g)]
+                chosen = own if len(own) >= LEAST_VALUES else residual[kept]
+                if len(chosen):
+                    self.quantile_EKGL2[e, j, g] = torch.stack([conformal_quantiles(chosen, level) for level in LEVELS])
+
+
+def conformal_quantiles(residual: Tensor, level: float) -> Tensor:
+    """The lower and the upper quantile of finite-sample validity, (2,)."""
+    n, ordered = len(residual), residual.sort().values
+    rank = min(n, math.ceil((n + 1) * (0.5 + level / 2)))
+    return torch.stack([ordered[n - rank], ordered[rank - 1]])

@@ -1,0 +1,277 @@
+"""From a trained VAE to the whole model: the other experts, then the stack and the intervals, all out of fold.
+
+Member e's experts never see a record of fold e, so what they say of those records is what they would say of new people.
+On that the mixing weights, the error bars and the intervals are fitted. A sample of the training records is enough: what
+is fitted here has few parameters beside the VAE.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mmimpute.model import stack as stacks
+from mmimpute.model.additive import Regression
+from mmimpute.model.gaussian import kept_components
+from mmimpute.model.imputer import Imputer
+from mmimpute.model.stack import GAP, WHOLE, Beliefs, Target
+from mmimpute.model.vae import MultiModalVAE
+
+SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
+PENALTIES = (30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
+GAP_SHARE = 0.25  # of the observed values hidden to learn about gaps
+SEED = 11
+NOBODY = -2  # no member's fold
+MOST_COLOURED = 2_000  # records from which the correlations of draws are taken
+DRAWS = 10  # of each
+PRIOR_RECORDS = 20.0  # weight of the VAE's correlations beside those of the errors
+
+
+class Assembly:
+    """The records of a fit: values, masks and folds (-1: learnt from by every member, judged by none)."""
+
+    def __init__(self, vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor) -> None:
+        self.x, self.observed, self.fold_N = list(x), list(observed), fold_N
+        self.imputer = Imputer(vae, kept_components(vae.config, len(fold_N))).eval()
+        with torch.no_grad():
+            self.inputs = vae.inputs(x, observed)
+        self.members, self.modalities = vae.config.members, range(len(vae.config.modalities))
+
+    def learners(self, member: int, j: int | None = None) -> Tensor:
+        """Records that a member learns from (of no member: all), that hold modality j."""
+        rows_N = self.fold_N != member
+        return (rows_N & self.inputs.present_BK[:, j] if j is not None else rows_N).nonzero().squeeze(1)
+
+    def judges(self, member: int, j: int | None = None) -> Tensor:
+        """Records that a member has not seen, that hold modality j and something else."""
+        rows_N = self.fold_N == member
+        if j is not None:
+            rows_N = rows_N & self.inputs.present_BK[:, j] & (self.inputs.present_BK.sum(1) > 1)
+        return rows_N.nonzero().squeeze(1)
+
+    def hidden(self, rows: Tensor, j: int) -> list[Tensor]:
+        """Masks of some records with modality j hidden."""
+        masks = [o[rows] for o in self.observed]
+        masks[j] = torch.zeros_like(masks[j])
+        return masks
+
+
+def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor) -> Imputer:
+    """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record."""
+    data = Assembly(vae.eval(), x, observed, fold_N)
+    fit_gaussian(data)
+    fit_additive(data)
+    fit_stack(data)
+    return data.imputer
+
+
+def fit_gaussian(data: Assembly) -> None:
+    """Components, mean and covariance per member; the shrinkage that judges member 0 best serves all."""
+    gaussian = data.imputer.gaussian
+    for member in range(data.members):
+        for j, component in enumerate(gaussian.components):
+            if component.wide:
+                component.fit(member, data.inputs.z[j][data.learners(member, j)])
+    errors = {g: _gaussian_error(data, g) for g in SHRINKAGES}
+    best = min(errors, key=errors.get)
+    for member in range(data.members):
+        rows = data.learners(member)
+        gaussian.fit_member(member, [z[rows] for z in data.inputs.z], [o[rows] for o in data.observed], best)
+    data.singles = [data.imputer.member(e) for e in range(data.members)]
+
+
+def _gaussian_error(data: Assembly, shrinkage: float) -> float:
+    """Member 0's squared error of hidden modalities relative to their variance, mean over modalities."""
+    gaussian, rows = data.imputer.gaussian, data.learners(0)
+    gaussian.fit_member(0, [z[rows] for z in data.inputs.z], [o[rows] for o in data.observed], shrinkage)
+    found = []
+    for j in data.modalities:
+        rows = data.judges(0, j)
+        if not len(rows):
+            continue
+        parts, known = gaussian.parts([z[rows] for z in data.inputs.z], [o[rows] for o in data.observed])
+        truth, seen = parts[:1].split(gaussian.sizes, -1)[j], known.split(gaussian.sizes, -1)[j]
+        parts, known = gaussian.parts([z[rows] for z in data.inputs.z], data.hidden(rows, j))
+        guess = gaussian(parts, known)[:1].split(gaussian.sizes, -1)[j]
+        mean = gaussian.mean_EP[:1, None].split(gaussian.sizes, -1)[j]
+        found.append(float(((guess - truth) * seen).square().sum() / ((mean - truth) * seen).square().sum().clamp_min(1e-9)))
+    return sum(found) / max(1, len(found))
+
+
+def fit_additive(data: Assembly) -> None:
+    """Each modality's regressions per member; the penalty that judges member 0 best, of numbers and of codes."""
+    for j in data.modalities:
+        penalties = None
+        for member in range(data.members):
+            rows = data.learners(member, j)
+            if not len(rows):
+                continue
+            regression = _regression(data, j, member, rows)
+            penalties = penalties or _best_penalties(data, j, regression)
+            real = regression.solve(penalties[0])
+            binary = real if penalties[1] == penalties[0] else regression.solve(penalties[1])
+            chosen = [torch.where(regression.binary_D, b, a) for a, b in zip(real, binary, strict=True)]
+            data.imputer.additive.set_member(member, j, _without_own(data, j, chosen))
+
+
+def _columns(data: Assembly, j: int, member: int, rows: Tensor) -> Tensor:
+    """A member's columns of other modalities for some records, with modality j hidden, (N, C)."""
+    inputs = data.imputer.vae.inputs([x[rows] for x in data.x], data.hidden(rows, j))
+    with torch.no_grad():
+        columns_NC = data.singles[member].linear(inputs)[1][0]
+    own = data.imputer.additive.own(j)
+    return torch.cat([columns_NC[:, : own.start], columns_NC[:, own.stop :]], 1)
+
+
+def _regression(data: Assembly, j: int, member: int, rows: Tensor) -> Regression:
+    additive = data.imputer.additive
+    kinds = (getattr(additive, f"real_{j}"), getattr(additive, f"binary_{j}"))
+    return Regression(_columns(data, j, member, rows), data.inputs.z[j][rows], data.inputs.filled[j][rows], data.observed[j][rows], *kinds)
+
+
+def _without_own(data: Assembly, j: int, solution: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights for all columns: zero for modality j's own."""
+    weight_CD, own = solution[0], data.imputer.additive.own(j)
+    zeros = weight_CD.new_zeros(own.stop - own.start, weight_CD.shape[1])
+    return torch.cat([weight_CD[: own.start], zeros, weight_CD[own.start :]]), solution[1]
+
+
+def _best_penalties(data: Assembly, j: int, regression: Regression) -> tuple[float, float]:
+    """For real and for binary features."""
+    rows = data.judges(0, j)
+    columns = _columns(data, j, 0, rows)
+    z_ND, x_ND, seen_ND = data.inputs.z[j][rows], data.inputs.filled[j][rows], data.observed[j][rows]
+    losses = {}
+    for penalty in PENALTIES:
+        weight, bias = regression.solve(penalty)
+        guess_ND = columns @ weight + bias
+        squares = ((guess_ND - z_ND) * seen_ND)[:, regression.real_D].square().sum()
+        nats = torch.nn.functional.binary_cross_entropy_with_logits(guess_ND, x_ND.clamp(0, 1), reduction="none")
+        losses[penalty] = (float(squares), float((nats * seen_ND)[:, regression.binary_D].sum()))
+    return tuple(min(losses, key=lambda p, kind=kind: losses[p][kind]) for kind in (0, 1))
+
+
+def fit_stack(data: Assembly) -> None:
+    """Weights, error bars and intervals, from what every member says of the records it has not seen."""
+    singles = [data.imputer.member(e) for e in range(data.members)]
+    gaps = list(_gaps(data, singles))
+    for j in data.modalities:
+        whole = _pieces(data, singles, j)
+        data.imputer.conformal.many_K[j] = _many(data, j)
+        residuals = []
+        for mode, pieces in ((GAP, gaps[j]), (WHOLE, whole)):
+            if pieces is None:
+                continue
+            beliefs, target, masks = pieces
+            stacks.fit(data.imputer.stack.modalities[j], mode, beliefs, target)
+            residuals.append(_residuals(data, j, mode, beliefs, target, masks))
+            if mode == WHOLE and hasattr(data.imputer, f"colour_{j}"):
+                _fit_colour(data, j, beliefs, target)
+        if residuals:
+            data.imputer.conformal.fit(j, *(torch.cat(parts) for parts in zip(*residuals, strict=True)))
+
+
+def _target(data: Assembly, j: int, rows: Tensor, scored: Tensor) -> Target:
+    vae, imputer = data.imputer.vae, data.imputer
+    mixed_D = getattr(imputer, f"mixed_{j}")
+    values = (data.inputs.filled[j][rows], data.inputs.z[j][rows])
+    return Target(*values, scored & mixed_D, data.fold_N[rows], getattr(imputer, f"real_{j}"), vae.standardise[j])
+
+
+def _pieces(data: Assembly, singles: Sequence[Imputer], j: int) -> tuple[Beliefs, Target, list[Tensor]] | None:
+    """Beliefs about modality j hidden, of every record by the member that has not seen it."""
+    found, order = [], []
+    for e, single in enumerate(singles):
+        rows = data.judges(e, j)
+        if len(rows):
+            with torch.no_grad():
+                found.append(single.believe([x[rows] for x in data.x], data.hidden(rows, j), j))
+            order.append(rows)
+    if not found:
+        return None
+    rows = torch.cat(order)
+    return _joined(found), _target(data, j, rows, data.observed[j][rows]), data.hidden(rows, j)
+
+
+def _joined(found: Sequence[Beliefs]) -> Beliefs:
+    return Beliefs(torch.cat([b.location_MEBD for b in found], 2), torch.cat([b.scale_EBD for b in found], 1))
+
+
+def _gaps(data: Assembly, singles: Sequence[Imputer]) -> Iterator[tuple[Beliefs, Target, list[Tensor]] | None]:
+    """Per modality the same for single values hidden here and there, of records that keep some of the modality."""
+    generator = torch.Generator().manual_seed(SEED)
+    shown = [o & (torch.rand(o.shape, generator=generator) >= GAP_SHARE) for o in data.observed]
+    for j in data.modalities:
+        found, order = [], []
+        for e, single in enumerate(singles):
+            rows = data.judges(e)
+            rows = rows[(shown[j][rows] != data.observed[j][rows]).any(1) & shown[j][rows].any(1)]
+            if len(rows):
+                masks = [o[rows] for o in shown]
+                with torch.no_grad():
+                    found.append(single.believe([x[rows] for x in data.x], masks, j))
+                order.append(rows)
+        if not found:
+            yield None
+            continue
+        rows = torch.cat(order)
+        yield _joined(found), _target(data, j, rows, data.observed[j][rows] & ~shown[j][rows]), [o[rows] for o in shown]
+
+
+def _many(data: Assembly, j: int) -> float:
+    """The median number of other modalities that a record with modality j holds."""
+    holders_NK = data.inputs.present_BK[data.inputs.present_BK[:, j]]
+    return float((holders_NK.sum(1) - 1).float().median()) if len(holders_NK) else 0.0
+
+
+def _own_stack(data: Assembly, j: int, mode: int, beliefs: Beliefs, target: Target) -> tuple[Tensor, Tensor]:
+    """Location and scale of every record by the stack of the member that has not seen it, (N, D)."""
+    location_END, scale_END = stacks.mix(data.imputer.stack.modalities[j].of(mode), beliefs)
+    own_N = target.fold_N if data.members > 1 else torch.zeros_like(target.fold_N)
+    own = own_N[None, :, None].expand(1, *location_END.shape[1:])
+    return location_END.gather(0, own)[0], scale_END.gather(0, own)[0]
+
+
+def _fit_colour(data: Assembly, j: int, beliefs: Beliefs, target: Target) -> None:
+    """The matrix L_e L_v^-1, of roots of both covariances, that gives deviations drawn by the VAE variance 1 and the
+    correlations of out-of-fold errors.
+
+    Few records leave the VAE's correlations nearly as they are.
+    """
+    location_ND, scale_ND = _own_stack(data, j, WHOLE, beliefs, target)
+    scored_ND = (target.scored_ND & target.real_D & target.live_D).float()
+    error_ND = ((target.z_ND - location_ND) / scale_ND).clamp(-5, 5) * scored_ND
+    rows = data.learners(NOBODY, j)[:MOST_COLOURED]
+    masks = data.hidden(rows, j)
+    record = [(torch.where(m, x[rows], torch.nan), 1) for x, m in zip(data.x, masks, strict=True)]
+    with torch.no_grad():
+        drawn_SRD = data.imputer.vae.impute(record, DRAWS, torch.Generator().manual_seed(SEED))[j]
+        deviation_SRD = data.imputer.deviations(j, drawn_SRD, data.imputer.believe([x[rows] for x in data.x], masks, j))
+    deviation = (deviation_SRD.clamp(-5, 5) * target.real_D).flatten(0, 1)
+    vae_DD = deviation.T @ deviation / len(deviation) + torch.diag((~target.real_D).float())
+    count_DD = scored_ND.T @ scored_ND
+    error_DD = _correlation((error_ND.T @ error_ND + PRIOR_RECORDS * _correlation(vae_DD)) / (count_DD + PRIOR_RECORDS))
+    roots = [torch.linalg.cholesky(c) for c in (_positive(error_DD), vae_DD + 1e-4 * torch.eye(len(vae_DD)))]
+    getattr(data.imputer, f"colour_{j}").copy_(torch.linalg.solve_triangular(roots[1].T, roots[0].T, upper=True).T)
+
+
+def _correlation(covariance_DD: Tensor) -> Tensor:
+    """Features without variance are uncorrelated to all."""
+    scale_D = covariance_DD.diagonal().clamp_min(1e-6).sqrt()
+    found_DD = covariance_DD / torch.outer(scale_D, scale_D)
+    return found_DD - torch.diag(found_DD.diagonal()) + torch.eye(len(scale_D))
+
+
+def _positive(correlation_DD: Tensor) -> Tensor:
+    """The nearest by eigenvalues that is safely positive definite; pairs seen in different records need not be."""
+    values, vectors = torch.linalg.eigh(correlation_DD)
+    return _correlation((vectors * values.clamp_min(0.01)) @ vectors.T)
+
+
+def _residuals(data: Assembly, j: int, mode: int, beliefs: Beliefs, target: Target, masks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(value - mean) / std of real values, with the group and the fold of each."""
+    mean, std = stacks.original(*_own_stack(data, j, mode, beliefs, target), target.real_D, target.standardise)
+    kept = target.scored_ND & target.real_D
+    group_N = data.imputer.conformal.group(j, masks)
+    spread = lambda t: t[:, None].expand(kept.shape)[kept]  # noqa: E731
+    return ((target.x_ND - mean) / std.clamp_min(1e-12))[kept], spread(group_N), spread(target.fold_N)
