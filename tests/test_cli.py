@@ -37,7 +37,19 @@ def test_every_help_has_an_example(path, monkeypatch, capsys):
 
 def test_all_commands_are_there():
     found = {" ".join(p) for p in commands()}
-    assert {"describe", "fit", "impute", "generate", "evaluate", "run", "demo", "store start", "store stop", "store status"} <= found
+    assert {
+        "describe",
+        "fit",
+        "impute",
+        "generate",
+        "generate-cohort",
+        "evaluate",
+        "run",
+        "demo",
+        "store start",
+        "store stop",
+        "store status",
+    } <= found
 
 
 @pytest.fixture
@@ -54,6 +66,9 @@ MISTAKES = {
     "no run file": (["run", "{0}/none.toml"], "none.toml: no such file"),
     "wrong scheme": (["describe", "gs://bucket/x"], "expected s3://bucket/prefix"),
     "no option": (["fit", "--spec", "{0}/cohort.toml"], "Missing option"),
+    "another cohort": (["generate-cohort", "{0}/shards", "--rows", "10"], "holds something else than this cohort"),
+    "no bucket to write to": (["generate-cohort", "s3://never-made/x", "--rows", "10"], "there is no such bucket"),
+    "no records": (["generate-cohort", "{0}/o", "--rows", "0"], "greater than or equal to 1"),
     "no number": (["generate", "--model", "{0}/m", "--output", "{0}/o", "--n", "0"], "greater than or equal to 1"),
 }
 
