@@ -11,7 +11,7 @@ from mmimpute import __version__
 from mmimpute.console import accuracy_table, console, report_errors, set_aside_table, watch
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.simulation import SHARD_ROWS, Population
-from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
+from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec, validated
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
@@ -115,6 +115,7 @@ def impute(
     model: ModelUrl,
     shards: Shards,
     output: Output,
+    interval: Annotated[float, typer.Option(help="also write an interval of this coverage: 0.5, 0.8, 0.9 or 0.95; 0 = none")] = 0,
     draws: Annotated[int, typer.Option(help="also write this many joint draws of what is missing")] = 0,
     latent: Annotated[bool, typer.Option(help="also write z0, the shared latent mean")] = False,
     seed: int = 0,
@@ -128,7 +129,7 @@ def impute(
     """
     from mmimpute import jobs
 
-    settings = ImputeSettings(draws=draws, latent=latent, seed=seed)
+    settings = validated(ImputeSettings, {"interval": interval, "draws": draws, "latent": latent, "seed": seed}, "impute")
     cluster = ClusterSettings(address=address, actors=actors, gpus_per_actor=gpus_per_actor)
     done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"))
     committed = done["committed"]

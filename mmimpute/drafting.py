@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmimpute.data.profile import MOST_LEVELS, Statistics
-from mmimpute.data.schema import OUTPUT_SUFFIXES, CohortSchema, is_list, is_number, is_text, storage_type, value_type
+from mmimpute.data.schema import CohortSchema, is_list, is_number, is_output, is_text, storage_type, value_type
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec
 
@@ -21,11 +21,11 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
     """
     subject = next((n for n in SUBJECT_NAMES if n in arrow.names), arrow.names[0])
     times = [f.name for f in arrow if pt.is_temporal(f.type) and f.name != subject]
-    modalities = {}
+    modalities, names = {}, set(arrow.names)
     for field in arrow:
         prefix, divided, _ = field.name.partition("__")
         inner = value_type(field.type)
-        if field.name in (subject, *times) or field.name.startswith(OUTCOMES) or field.name.endswith(OUTPUT_SUFFIXES):
+        if field.name in (subject, *times) or field.name.startswith(OUTCOMES) or is_output(field.name, names):
             continue
         if is_list(storage_type(field.type)) and is_number(inner):
             modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name)

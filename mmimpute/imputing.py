@@ -65,7 +65,7 @@ def _enriched_bytes(model: Model, shards: str, shard: Shard, key: str, settings:
     schema, began = model.schema, time.perf_counter()
     file = open_shard(shards, shard)
     check_columns(schema, file.schema_arrow, shard.key)
-    out = enriched_schema(schema, file.schema_arrow, settings.draws, settings.latent)
+    out = enriched_schema(schema, file.schema_arrow, settings.interval > 0, settings.draws, settings.latent)
     metadata = {
         "mmimpute.version": mmimpute.__version__,
         "mmimpute.model": model.digest,
@@ -126,9 +126,10 @@ def predict(
         predicted = model.module.predict(x, observed)
         draws = model.module.impute([(v, 1) for v in x], settings.draws, generator) if settings.draws else [None] * len(x)
     names = [m.name for m in model.schema.modalities]
+    lower, upper = (getattr(predicted, bound, None) or [None] * len(x) for bound in ("lower", "upper"))  # the model gives none yet
     imputed = {
-        name: Imputation(mean.cpu().numpy(), std.cpu().numpy(), None if drawn is None else drawn.cpu().numpy())
-        for name, mean, std, drawn in zip(names, predicted.mean, predicted.std, draws, strict=True)
+        name: Imputation(*(None if t is None else t.cpu().numpy() for t in parts))
+        for name, *parts in zip(names, predicted.mean, predicted.std, lower, upper, draws, strict=True)
     }
     return imputed, predicted.z0_BL.cpu().numpy() if settings.latent else None
 

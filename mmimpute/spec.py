@@ -73,6 +73,7 @@ class FitSettings(_Settings):
 class ImputeSettings(_Settings):
     """What is written into the enriched shards."""
 
+    interval: Literal[0, 0.5, 0.8, 0.9, 0.95] = Field(0, description="X__lower, X__upper: interval of this coverage for numbers; 0 = none")
     draws: int = Field(0, ge=0, description="X__draws: number of draws of what is missing; 0 = none")
     latent: bool = Field(False, description="z0: the shared latent mean, an embedding of the record")
     seed: int = 0
@@ -102,7 +103,7 @@ class RunConfig(_Settings):
 
 def read_spec(path: str | Path) -> CohortSpec:
     """The cohort spec in a TOML file. Raises UserError that says where and what is allowed."""
-    return _validated(CohortSpec, _toml(path), str(path))
+    return validated(CohortSpec, _toml(path), str(path))
 
 
 def read_config(path: str | Path) -> RunConfig:
@@ -110,7 +111,7 @@ def read_config(path: str | Path) -> RunConfig:
     values = _toml(path)
     if isinstance(values.get("spec"), str):
         values["spec"] = read_spec(Path(path).parent / values["spec"])
-    return _validated(RunConfig, values, str(path))
+    return validated(RunConfig, values, str(path))
 
 
 def _toml(path: str | Path) -> dict:
@@ -122,7 +123,8 @@ def _toml(path: str | Path) -> dict:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
 
 
-def _validated(model: type[BaseModel], values: dict, where: str):
+def validated(model: type[BaseModel], values: dict, where: str):
+    """Settings that a user wrote. Raises UserError that says where and what is allowed."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -62,6 +62,10 @@ MISTAKES = {
     "no spec": (["fit", "--spec", "{0}/none.toml", "--shards", "{0}/shards", "--model", "{0}/m"], "none.toml: no such file"),
     "no shards": (["fit", "--spec", "{0}/cohort.toml", "--shards", "{0}/nothing", "--model", "{0}/m"], "there is no such folder"),
     "no model": (["impute", "--model", "{0}/m", "--shards", "{0}/shards", "--output", "{0}/o"], "no model there"),
+    "no such interval": (
+        ["impute", "--model", "{0}/m", "--shards", "{0}/shards", "--output", "{0}/o", "--interval", "0.7"],
+        "impute: interval: Input should be 0, 0.5, 0.8, 0.9 or 0.95",
+    ),
     "no bucket": (["describe", "s3://never-made/x"], "there is no such bucket"),
     "no run file": (["run", "{0}/none.toml"], "none.toml: no such file"),
     "wrong scheme": (["describe", "gs://bucket/x"], "expected s3://bucket/prefix"),

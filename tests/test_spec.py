@@ -3,7 +3,7 @@
 import pytest
 
 from mmimpute.errors import UserError
-from mmimpute.spec import CohortSpec, ModalitySpec, read_config, read_spec
+from mmimpute.spec import CohortSpec, ImputeSettings, ModalitySpec, read_config, read_spec
 
 MODALITY = '[modalities.labs]\nprefix = "labs__"\n'
 WRONG = {
@@ -47,10 +47,16 @@ def test_config_takes_the_spec_as_a_path_or_as_a_table(spec_file, tmp_path):
     places = 'shards = "a"\nmodel = "b"\noutput = "c"\n'
     by_path, by_table = tmp_path / "path.toml", tmp_path / "table.toml"
     by_path.write_text(f'spec = "{spec_file.name}"\n' + places)
-    by_table.write_text(places + '[spec.modalities.labs]\ncolumn = "labs"\n[fit]\nepochs = 3\n')
+    by_table.write_text(places + '[spec.modalities.labs]\ncolumn = "labs"\n[fit]\nepochs = 3\n[impute]\ninterval = 0.9\n')
     assert read_config(by_path).spec == read_spec(spec_file)
     assert read_config(by_table).spec.modalities == {"labs": ModalitySpec(column="labs")}
-    assert read_config(by_table).fit.epochs == 3
+    assert read_config(by_table).fit.epochs == 3 and read_config(by_table).impute.interval == 0.9
+
+
+def test_interval():
+    assert ImputeSettings(interval=0.9).interval == 0.9
+    # The command line gives 0.0: both are the same settings, so the same digest.
+    assert ImputeSettings(interval=0.0).model_dump_json() == ImputeSettings().model_dump_json()
 
 
 def test_config_mistakes(tmp_path):
@@ -60,4 +66,7 @@ def test_config_mistakes(tmp_path):
         read_config(path)
     path.write_text('shards = "a"\nmodel = "b"\noutput = "c"\n[spec.modalities.a]\ncolumn = "a"\n[fit]\nepoch = 3\n')
     with pytest.raises(UserError, match=r"unknown key 'fit.epoch'; valid keys here: seed, epochs"):
+        read_config(path)
+    path.write_text('shards = "a"\nmodel = "b"\noutput = "c"\n[spec.modalities.a]\ncolumn = "a"\n[impute]\ninterval = 0.7\n')
+    with pytest.raises(UserError, match=r"impute.interval: Input should be 0, 0.5, 0.8, 0.9 or 0.95"):
         read_config(path)

@@ -18,10 +18,15 @@ from mmimpute.errors import DataError
 
 
 class Imputation(NamedTuple):
-    """What the model says of one modality. mean, std: N x D, in the units of the records; draws: S x N x D or None."""
+    """What the model says of one modality, in the units of the records: N x D each, draws S x N x D; None: not wanted.
+
+    lower, upper: bounds of an interval; those of binary and categorical features are never read.
+    """
 
     mean: np.ndarray
     std: np.ndarray
+    lower: np.ndarray | None
+    upper: np.ndarray | None
     draws: np.ndarray | None
 
 
@@ -150,25 +155,27 @@ def _label(modality: Modality, at: int) -> str:
     return f"{column}[{modality.features[at].name}]" if modality.layout == "list" else column
 
 
-def enriched_schema(schema: CohortSchema, arrow: pa.Schema, draws: int, latent: bool) -> pa.Schema:
+def enriched_schema(schema: CohortSchema, arrow: pa.Schema, interval: bool, draws: int, latent: bool) -> pa.Schema:
     """Input columns as they are, then the imputed ones."""
     fields = list(arrow)
     for modality in schema.imputed:
         for column in modality.columns:
-            fields += [pa.field(column + suffix, kind) for suffix, kind in _output_types(arrow.field(column).type, draws).items()]
+            types = _output_types(arrow.field(column).type, interval, draws)
+            fields += [pa.field(column + suffix, kind) for suffix, kind in types.items()]
     fields.append(pa.field(FROM_PRIOR, pa.bool_(), nullable=False))
     if latent:
         fields.append(pa.field(LATENT, pa.list_(pa.float32())))
     return pa.schema(fields, arrow.metadata)
 
 
-def _output_types(kind: pa.DataType, draws: int) -> dict[str, pa.DataType]:
+def _output_types(kind: pa.DataType, interval: bool, draws: int) -> dict[str, pa.DataType]:
     storage, inner = storage_type(kind), value_type(kind)
     value = inner if is_text(inner) else float_type(inner)
     spread = pa.float32() if is_text(inner) else value
     if is_list(storage):
         value, spread = (pa.list_(t, storage.list_size if pt.is_fixed_size_list(storage) else -1) for t in (value, spread))
-    return {"__imputed": value, "__std": spread} | ({"__draws": pa.list_(value)} if draws else {})
+    bounds = {"__lower": value, "__upper": value} if interval and not is_text(inner) else {}
+    return {"__imputed": value, "__std": spread} | bounds | ({"__draws": pa.list_(value)} if draws else {})
 
 
 def enrich(
@@ -179,7 +186,7 @@ def enrich(
     imputed: Mapping[str, Imputation],
     latent: np.ndarray | None,
 ) -> pa.RecordBatch:
-    """Input columns unchanged, then per column X of an imputed modality: completed values, their std, draws.
+    """Input columns unchanged, then per column X of an imputed modality: completed values, their std, bounds, draws.
 
     All are null on rows where nothing of the modality was missing. records, imputed: by modality, N x D.
     """
@@ -193,22 +200,32 @@ def enrich(
 
 
 def _modality_columns(modality: Modality, x: np.ndarray, imputed: Imputation, out: pa.Schema) -> list[pa.Array]:
-    """`X__imputed`, `X__std` and, where there are draws, `X__draws` of each of a modality's columns."""
-    missing = np.isnan(x)
-    rows = missing.any(1)
-    completed = [np.where(missing, imputed.mean, x), np.where(missing, imputed.std, 0)]
-    suffixes = ["__imputed", "__std"]
-    if imputed.draws is not None:
-        completed.append(np.where(missing, imputed.draws, x))
-        suffixes.append("__draws")
+    """`X__imputed`, `X__std` and, where they are wanted, `X__lower`, `X__upper`, `X__draws` of each of a modality's columns."""
+    rows = np.isnan(x).any(1)
+    completed = _completed(modality, x, imputed)
     arrays = []
     for at, column in enumerate(modality.columns):
-        for suffix, values in zip(suffixes, completed, strict=True):
+        for suffix, values in completed.items():
+            if out.get_field_index(column + suffix) < 0:  # bounds of text
+                continue
             features = modality.features if modality.layout == "list" else modality.features[at : at + 1]
             part = values if modality.layout == "list" else values[..., at : at + 1]
             part = _in_units(part, features, spread=suffix == "__std")
             arrays.append(_column(part, features, rows, out.field(column + suffix).type))
     return arrays
+
+
+def _completed(modality: Modality, x: np.ndarray, imputed: Imputation) -> dict[str, np.ndarray]:
+    """By suffix: what was observed as it is, what was missing as the model says. Bounds that a feature cannot have are NaN."""
+    missing = np.isnan(x)
+    completed = {"__imputed": np.where(missing, imputed.mean, x), "__std": np.where(missing, imputed.std, 0)}
+    if imputed.lower is not None:
+        bounded = [f.kind not in ("binary", "categorical") for f in modality.features]
+        for suffix, bound in (("__lower", imputed.lower), ("__upper", imputed.upper)):
+            completed[suffix] = np.where(bounded, np.where(missing, bound, x), np.nan)
+    if imputed.draws is not None:
+        completed["__draws"] = np.where(missing, imputed.draws, x)
+    return completed
 
 
 def _in_units(values: np.ndarray, features, spread: bool) -> np.ndarray:
@@ -228,7 +245,7 @@ def _in_units(values: np.ndarray, features, spread: bool) -> np.ndarray:
 
 
 def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(S x) N x D completed values as one Arrow column, null where `rows` is false."""
+    """(S x) N x D completed values as one Arrow column, null where `rows` is false and where a number is NaN."""
     if values.ndim == 3:
         draws, n, width = values.shape
         inner = _column(values.swapaxes(0, 1).reshape(n * draws, width), features, np.ones(n * draws, bool), kind.value_type)
@@ -239,12 +256,12 @@ def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -
     if is_text(kind):
         index = pa.array(np.nan_to_num(values[:, 0]).astype(np.int32), mask=~rows)
         return pa.array(features[0].levels, kind).take(index)
-    return pa.array(values[:, 0].astype(kind.to_pandas_dtype(), copy=False), mask=~rows)
+    return pa.array(values[:, 0].astype(kind.to_pandas_dtype(), copy=False), mask=~rows | np.isnan(values[:, 0]))
 
 
 def _lists(values: np.ndarray, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
     n, width = values.shape
-    flat_values = pa.array(np.ascontiguousarray(values).reshape(-1)).cast(kind.value_type)
+    flat_values = pa.array(np.ascontiguousarray(values).reshape(-1), from_pandas=True).cast(kind.value_type)
     if pt.is_fixed_size_list(kind):
         return pa.FixedSizeListArray.from_arrays(flat_values, type=kind, mask=pa.array(~rows))
     offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)

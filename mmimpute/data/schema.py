@@ -3,6 +3,7 @@
 The schema is part of the model, so everything in it is a plain, validated value.
 """
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import CohortSpec, ModalitySpec, SpecKind
 
-OUTPUT_SUFFIXES = ("__imputed", "__std", "__draws")
+OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
 FROM_PRIOR = "from_prior"
 LATENT = "z0"
 
@@ -133,7 +134,8 @@ def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: 
     elif spec.features:
         columns = tuple(spec.prefix + f for f in spec.features)
     else:
-        columns = tuple(c for c in arrow.names if c.startswith(spec.prefix) and c not in reserved and not c.endswith(OUTPUT_SUFFIXES))
+        names = set(arrow.names)
+        columns = tuple(c for c in arrow.names if c.startswith(spec.prefix) and c not in reserved and not is_output(c, names))
     absent = [c for c in columns if c not in arrow.names]
     if absent or not columns:
         what = f"column {absent[0]!r}" if absent else f"a column that starts with {spec.prefix!r}"
@@ -177,6 +179,11 @@ def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType
     width = storage.list_size if pt.is_fixed_size_list(storage) else len(modality.features)
     if not right or (modality.layout == "list" and width != len(modality.features)):
         raise DataError(shard, column, f"type {kind}", wanted, "convert the column")
+
+
+def is_output(column: str, names: Collection[str]) -> bool:
+    """Whether imputation wrote a column: X is beside its X__upper. `limbs__upper` with no `limbs` is a feature."""
+    return any(column.endswith(s) and column.removesuffix(s) in names for s in OUTPUT_SUFFIXES)
 
 
 def output_columns(schema: CohortSchema) -> list[str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, in_columns
 from mmimpute.data.schema import CohortSchema, Feature, Modality, check_columns, draft_schema
+from mmimpute.drafting import guess_spec
 from mmimpute.errors import DataError
 from mmimpute.spec import CohortSpec, ModalitySpec
 
@@ -72,15 +73,21 @@ def same(found, expected) -> bool:
     return found == expected
 
 
+def said(x: np.ndarray, draws: int = 0) -> Imputation:
+    """The same of every value: 1, with a standard deviation of 0.5, between 0.25 and 1.5."""
+    mean, std, lower, upper = (np.full_like(x, v) for v in (1, 0.5, 0.25, 1.5))
+    return Imputation(mean, std, lower, upper, np.ones((draws, *x.shape), x.dtype) if draws else None)
+
+
 @settings(max_examples=150, deadline=None)
 @given(cohorts())
 def test_input_columns_and_observed_values_come_back(cohort):
     table, schema = cohort
-    out = enriched_schema(schema, table.schema, draws=2, latent=True)
+    out = enriched_schema(schema, table.schema, interval=True, draws=2, latent=True)
     at, batches = 0, []
     for batch in table.to_batches():
         records = decode(batch, schema, "s")
-        imputed = {n: Imputation(np.ones_like(x), np.full_like(x, 0.5), np.ones((2, *x.shape), x.dtype)) for n, x in records.items()}
+        imputed = {n: said(x, draws=2) for n, x in records.items()}
         batches.append(enrich(batch, out, schema, records, imputed, np.zeros((len(batch), 3))))
         at += len(batch)
     enriched = pa.Table.from_batches(batches, out)
@@ -97,15 +104,18 @@ def check_row(modality: Modality, enriched: pa.Table, row: int, cells: list) -> 
     width = len(modality.features)
     missing = [v is None for v in values] if values is not None else [True] * width
     for at, column in enumerate(modality.columns):
-        imputed, std, draws = (enriched.column(column + s)[row].as_py() for s in ("__imputed", "__std", "__draws"))
+        text = modality.layout == "scalars" and modality.features[at].levels
+        assert (column + "__lower" in enriched.column_names) == (column + "__upper" in enriched.column_names) == (not text)
+        suffixes = ("__imputed", "__std", *(() if text else ("__lower", "__upper")))
+        *cells, draws = (enriched.column(column + s)[row].as_py() for s in (*suffixes, "__draws"))
         if not any(missing):
-            assert imputed is None and std is None and draws is None
+            assert draws is None and not any(c is not None for c in cells)
             continue
-        scalar = [(values[at], imputed, std)] if modality.layout == "scalars" else None
-        pairs = scalar or zip(values or [None] * width, imputed, std, strict=True)
-        for observed, completed, spread in pairs:
+        scalar = [(values[at], *cells)] if modality.layout == "scalars" else None
+        for observed, completed, spread, *bounds in scalar or zip(values or [None] * width, *cells, strict=True):
             assert spread == (0.5 if observed is None else 0)
-            assert observed is None or same(completed, observed)
+            assert observed is None or all(same(v, observed) for v in (completed, *bounds))
+            assert observed is not None or bounds == ([] if text else [0.25, 1.5])
         assert len(draws) == 2
 
 
@@ -121,6 +131,66 @@ def schema_of(table: pa.Table, kind: str = "auto", levels=(), width: int = 2) ->
         else ModalitySpec(prefix="s__", kinds=kind, levels=levels)
     )
     return draft_schema(CohortSpec(modalities={"m": modality}), table.schema, {"x": width})
+
+
+def bounds_of(table: pa.Table, schema: CohortSchema) -> pa.Table:
+    """The columns that an interval adds."""
+    records = decode(table, schema, "s")
+    out = enriched_schema(schema, table.schema, interval=True, draws=0, latent=False)
+    (batch,) = table.to_batches()
+    enriched = pa.Table.from_batches([enrich(batch, out, schema, records, {"m": said(records["m"])}, None)])
+    return enriched.select([c for c in enriched.column_names if c.endswith(("__lower", "__upper"))])
+
+
+BOUNDS = {
+    "list": (table_of(x=[[7.0, None], [1.0, 2.0], None]), "real", (), [[7, 0.25], None, [0.25, 0.25]], [[7, 1.5], None, [1.5, 1.5]]),
+    "scalar": (table_of(s__v=[7, None, 8]), "count", (), [None, 0.25, None], [None, 1.5, None]),
+    "ordinal": (table_of(s__v=[10, None, 40]), "ordinal", (10.0, 20.0, 40.0), [None, 12.5, None], [None, 30, None]),
+    "ordinal in a list": (
+        table_of(x=[[40.0, None], [10.0, 20.0], None]),
+        ("ordinal", "real"),
+        (10.0, 20.0, 40.0),
+        [[40, 0.25], None, [12.5, 0.25]],
+        [[40, 1.5], None, [30, 1.5]],
+    ),
+    "binary": (table_of(s__v=[1, None, 0]), "binary", (), [None] * 3, [None] * 3),
+    "categorical": (table_of(s__v=[10, None, 20]), "categorical", (10.0, 20.0), [None] * 3, [None] * 3),
+    "binary in a list": (
+        table_of(x=[[1.0, None], [1.0, 2.0], None]),
+        ("binary", "real"),
+        (),
+        [[None, 0.25], None, [None, 0.25]],
+        [[None, 1.5], None, [None, 1.5]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_bounds(case):
+    table, kind, levels, lower, upper = BOUNDS[case]
+    found = bounds_of(table, schema_of(table, kind, levels))
+    assert [c.to_pylist() for c in found.columns] == [lower, upper]
+
+
+def test_bounds_are_copied_inside_a_modality_that_lacks_another_value():
+    table = table_of(s__v=[7.0, None, 8.0], s__w=[None, 1.0, 2.0])
+    found = bounds_of(table, schema_of(table))
+    assert found["s__v__lower"].to_pylist() == [7, 0.25, None] and found["s__w__upper"].to_pylist() == [1.5, 1, None]
+
+
+def test_columns_of_an_enriched_shard():
+    table = table_of(s__v=pa.array([1, None, 3], pa.int8()), s__t=["low", None, "high"])
+    spec = CohortSpec(modalities={"s": ModalitySpec(prefix="s__", levels={"t": LEVELS})})
+    out = enriched_schema(draft_schema(spec, table.schema, {}), table.schema, interval=True, draws=2, latent=True)
+    v = [f"s__v__{s}" for s in ("imputed", "std", "lower", "upper", "draws")]
+    assert out.names == ["subject_id", "s__v", "s__t", *v, "s__t__imputed", "s__t__std", "s__t__draws", "from_prior", "z0"]
+    assert {str(out.field(c).type) for c in v[:4]} == {"float"}
+
+
+def test_a_feature_may_be_called_upper():
+    table = table_of(limbs__lower=[1.0, 2.0, None], limbs__upper=[1.0, 2.0, None], labs__na=[1.0, 2.0, None], labs__na__upper=[1.0] * 3)
+    spec = guess_spec(table.schema)
+    assert [m.columns for m in draft_schema(spec, table.schema, {}).modalities] == [("limbs__lower", "limbs__upper"), ("labs__na",)]
 
 
 BAD = {
