@@ -123,10 +123,10 @@ def predict(
     """What the model says of every value of the imputed modalities, and the shared latent where it is wanted."""
     x, observed = to_model(flat(records), model.widths, generator.device)
     with torch.inference_mode():
-        predicted = model.module.predict(x, observed)
+        predicted = model.module.predict(x, observed, settings.interval or None)
         draws = model.module.impute([(v, 1) for v in x], settings.draws, generator) if settings.draws else [None] * len(x)
     names = [m.name for m in model.schema.modalities]
-    lower, upper = (getattr(predicted, bound, None) or [None] * len(x) for bound in ("lower", "upper"))  # the model gives none yet
+    lower, upper = (bounds or [None] * len(x) for bounds in (predicted.lower, predicted.upper))
     imputed = {
         name: Imputation(*(None if t is None else t.cpu().numpy() for t in parts))
         for name, *parts in zip(names, predicted.mean, predicted.std, lower, upper, draws, strict=True)

@@ -243,13 +243,15 @@ class Conformal(nn.Module):
     """Quantiles of (value - mean) / std on out-of-fold records, per modality and group of missingness patterns.
 
     Split conformal prediction with the normalised residual as the score (Lei et al. 2018, sec. 5.2), cross-fitted
-    (Vovk 2015): the rank is ceil((n + 1) (1 - alpha / 2)), so that n values give finite-sample coverage.
+    (Vovk 2015): the rank is ceil((n + 1) (1 - alpha / 2)), so that n exchangeable values give finite-sample coverage.
+    Residuals are those of real features; counts and ordinal levels get the same factors without that guarantee.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = (config.members, len(config.modalities), len(GROUPS), len(LEVELS), 2)
-        self.register_buffer("quantile_EKGL2", torch.zeros(size))
+        gaussian_L = torch.special.ndtri(0.5 + torch.tensor(LEVELS) / 2)  # until there are residuals
+        self.register_buffer("quantile_EKGL2", torch.stack([-gaussian_L, gaussian_L], -1).expand(size).clone())
         self.register_buffer("many_K", torch.zeros(len(config.modalities)))  # other modalities observed from which it is "most"
 
     def group(self, j: int, observed: Sequence[Tensor]) -> Tensor:
