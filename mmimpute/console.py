@@ -53,14 +53,16 @@ def watch(title: str) -> Callable[[dict], None]:
 
 
 def accuracy_table(evaluation: dict) -> Table:
-    """Imputation accuracy per modality on held-out values, against the column mean."""
-    table = Table(title="Accuracy on held-out records, each modality hidden in turn (column mean: skill 0, R2 0, AUROC 0.5)")
-    for name, justify in (("modality", "left"), *((n, "right") for n in ("records", "skill", "R2", "AUROC", "90% interval covers"))):
+    """Imputation accuracy per modality by members that had not seen the record, against the column mean."""
+    table = Table(title="Accuracy, each modality hidden in turn from people not seen (column mean: skill 0, R2 0, AUROC 0.5)")
+    columns = ("records", "skill", "of the VAE", "additive", "Gaussian", "R2", "AUROC", "90% interval covers", "ECE")
+    for name, justify in (("modality", "left"), *((n, "right") for n in columns)):
         table.add_column(name, justify=justify)
     for name, found in evaluation["modalities"].items():
-        cells = [found["skill"], found["r2"], found["auroc"]]
-        cover = f"{found['cover90']:.1%}" if found["cover90"] is not None else "-"
-        table.add_row(name, f"{found['rows']:,}", *("-" if c is None else f"{c:.3f}" for c in cells), cover)
+        cells = [found["skill"], *found["experts"].values(), found["r2"], found["auroc"]]
+        cover = f"{found['interval90']:.1%}" if found["interval90"] is not None else "-"
+        ece = f"{found['ece']:.3f}" if found["ece"] is not None else "-"
+        table.add_row(name, f"{found['rows']:,}", *("-" if c is None else f"{c:.3f}" for c in cells), cover, ece)
     return table
 
 

@@ -42,7 +42,8 @@ from mmimpute.training import OptimiserSettings, Schedule, Training, schedule, s
 STATE = "state.pt"
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 TUNE_BATCH = 1024
-TUNE_BYTES = 64 << 20  # of records that judge; more of them are not looked at
+MOST_TUNED = 2_000  # records that judge an epoch, up to TUNE_BYTES of them
+TUNE_BYTES = 64 << 20
 MOST_LEARNERS, MOST_JUDGES = 20_000, 10_000  # records to which the other experts and the stack are fitted
 SHUFFLED_BATCHES = 16  # held for shuffling while streaming
 RESTARTS = 3  # of the workers, after a crash
@@ -182,9 +183,12 @@ class RankRecords:
         self.x_ND, self.fold_N, self.whole = load(shard, limit, members)
         self.learners = ((self.fold_N < 0) | (members > 1)).nonzero().squeeze(1)
 
-    def judges(self, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Records that judge a member, up to `limit` bytes, and their folds."""
-        rows = (self.fold_N >= 0).nonzero().squeeze(1)[: max(1, int(limit / (4 * self.x_ND.shape[1])))]
+    def judges(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records that judge a member, and their folds."""
+        most = min(most, max(1, int(TUNE_BYTES / (4 * self.x_ND.shape[1]))))
+        # In the order of a hash whose first part is the fold: every n-th keeps the folds even.
+        rows = (self.fold_N >= 0).nonzero().squeeze(1)
+        rows = rows[:: max(1, len(rows) // most)][:most]
         return self.x_ND[rows].to(self.device), self.fold_N[rows].to(self.device)
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,9 +232,9 @@ def train_loop(loop: dict[str, Any]) -> None:
         best = state["best"]
     device = training.device
     share = loop["cache_share"] * psutil.virtual_memory().total / context.get_local_world_size()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size() - 1))  # one is for all others
     data = RankRecords(train.get_dataset_shard("train"), device, share, training.model.config.members)
-    tune = data.judges(TUNE_BYTES)
+    tune = data.judges(MOST_TUNED)
     reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None)
     if best["stopped"]:
         reporter.report({}, last=True)

@@ -17,7 +17,7 @@ from mmimpute.model.networks import CLIP
 NARROW = 40  # modalities up to this width take part as they are
 COMPONENTS = 64  # of a wider modality
 KEPT = 256  # components that the additive expert reads
-ITERATIONS = 8  # of expectation-maximisation: on the benchmarks the held-out error is flat from 6 on
+ITERATIONS = 8  # of expectation-maximisation
 MOST_WORK = 2e11  # patterns x P^3 up to which it runs; beyond, pairwise moments of that many records are as good
 SOLVER_STEPS = 40
 TOLERANCE = 1e-3
