@@ -189,7 +189,7 @@ def generate_cohort(
 
 @app.command()
 def evaluate(model: ModelUrl, shards: Shards, address: Address = None) -> None:
-    """Score imputations on the shards' held-out subjects against the column mean.
+    """Score the model and each of its experts on people not seen, against the column mean.
 
     Example: mmimpute evaluate --model s3://bucket/model/ --shards s3://bucket/cohort/
     """

@@ -47,7 +47,7 @@ def run_demo(home: Path, rows: int) -> int:
     local.write_bytes(storage.read(*report.rsplit("/", 1)))
     console.print(f"open the report {local}")
     if rows:
-        console.print("note: resampled records are copies, also of the held-out ones; the accuracy above is not that for new people")
+        console.print("note: resampled records are copies, so that no fold is of new people; the accuracy above is not that for new people")
     return 0
 
 

@@ -30,7 +30,7 @@ CLIP = 1e-4
 
 
 def most_records(width: int) -> int:
-    """How many held-out records an evaluation holds in memory; beyond some thousands the error bars no longer shrink visibly."""
+    """How many records an evaluation holds in memory; beyond some thousands the error bars no longer shrink visibly."""
     return min(MOST_RECORDS, max(500, MOST_CELLS // width))
 
 

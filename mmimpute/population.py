@@ -52,7 +52,7 @@ def fit(config: RunConfig, plan_name: str, on_progress: Progress = ignore) -> Re
 
 
 def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
-    """Accuracy on held-out subjects, kept beside the model. Returns {rows, skill: {modality: skill}}."""
+    """Accuracy out of fold, kept beside the model. Returns {rows, skill: {modality: skill}}."""
     found = registry.read_record(model, "evaluation")
     if found is None:
         found = jobs.evaluate_model(read_plan(config, plan_name), model, config.cluster)

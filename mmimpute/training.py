@@ -25,7 +25,7 @@ TUNE_SEED = 7
 class OptimiserSettings:
     """AdamW with a cosine schedule and an exponential average of the weights."""
 
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0  # largest gradient norm
@@ -57,7 +57,7 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, mos
     """Sizes from the number of training rows: small batches for small cohorts, a bounded number of steps for large."""
     batch = batch or (128 if rows < 2_500 else 256 if rows < 50_000 else 1024)
     steps_per_epoch = max(1, rows // batch)
-    epochs = epochs or min(40 if rows < 2_500 else 30, max(1, most_steps // steps_per_epoch))
+    epochs = epochs or min(30 if rows < 2_500 else 24, max(1, most_steps // steps_per_epoch))
     return Schedule(batch, epochs, steps_per_epoch)
 
 

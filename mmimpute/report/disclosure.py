@@ -14,7 +14,8 @@ from typing import Any
 
 SMALLEST_GROUP = 10
 FEW = f"<{SMALLEST_GROUP}"
-METRICS = ("skill", "r2", "auroc", "cover90", "ece")
+METRICS = ("skill", "r2", "auroc", "cover90", "interval90", "ece")
+EXPERTS = ("vae", "additive", "gaussian")
 
 
 def view(run: dict) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def _accuracy(name: str, facts: dict) -> dict:
         "name": name,
         "rows": people(rows),
         **{metric: number(facts.get(metric)) for metric in METRICS},
+        "experts": {name: number((facts.get("experts") or {}).get(name)) for name in EXPERTS},
         "features": features,
         "calibration": _calibration(facts.get("calibration")),
         "reliability": _reliability(facts.get("reliability") or ()),

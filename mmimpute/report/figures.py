@@ -45,11 +45,11 @@ STYLE = {
 
 
 def training(history: list[dict], name: str, title: str, unit: str) -> Figure:
-    """One figure of training by epoch, on the training (where known) and the tune split; the epoch that was kept is marked."""
+    """One figure of training by epoch, on the records learnt from (where known) and on those not; the epoch that was kept is marked."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(title, width=4.4)
         values = []
-        for key, label, colour, line in ((name, "training split", BLUE, "-"), (f"tune_{name}", "tune split", ORANGE, "--")):
+        for key, label, colour, line in ((name, "learnt from", BLUE, "-"), (f"tune_{name}", "not learnt from", ORANGE, "--")):
             points = [(epoch["epoch"], epoch[key]) for epoch in history if epoch.get(key) is not None]
             if points:
                 marker = "o" if len(points) < 12 else None
@@ -67,7 +67,7 @@ def training(history: list[dict], name: str, title: str, unit: str) -> Figure:
 
 
 def best_epoch(history: list[dict]) -> int | None:
-    """The epoch with the lowest error on hidden values of the tune split: the one that training keeps."""
+    """The epoch with the lowest error on hidden values of records not learnt from: the one that training keeps."""
     scored = [epoch for epoch in history if epoch.get("tune_loss") is not None]
     return int(min(scored, key=lambda epoch: epoch["tune_loss"])["epoch"]) if scored else None
 

@@ -50,7 +50,7 @@ class _Drawing:
         from mmimpute.report import figures
 
         last = history[-1]
-        end = f"{decimal(last.get(name))} training, {decimal(last.get('tune_' + name))} tune"
+        end = f"{decimal(last.get(name))} learnt from, {decimal(last.get('tune_' + name))} not"
         return self._svg(figures.training(history, name, title, unit), f"{title} over {len(history)} epochs; last epoch: {end}")
 
     def skill(self, scores: list[dict], title: str) -> Markup:
