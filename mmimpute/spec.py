@@ -10,6 +10,7 @@ from mmimpute.errors import UserError
 
 Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
 SpecKind = Literal[Kind, "auto"]
+Tails = Literal["gaussian", "student"]
 
 
 def _name(name: str) -> str:
@@ -36,6 +37,7 @@ class ModalitySpec(_Settings):
     )
     impute: bool = Field(True, description="false: used as an input, never imputed")
     hide: float = Field(0.5, gt=0, le=1, description="probability of hiding it in training")
+    tails: Tails = Field("student", description="of its real features given the latents")
 
     @model_validator(mode="after")
     def _check(self):

@@ -3,11 +3,11 @@
 import pyarrow as pa
 import pytest
 
-from mmimpute import planning, registry
+from mmimpute import jobs, planning, registry
 from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 from mmimpute.errors import UserError
-from mmimpute.spec import CohortSpec, ModalitySpec, read_spec
+from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec, read_spec
 from tests.conftest import linear_cohort, write_cohort
 
 
@@ -35,6 +35,14 @@ def test_a_column_belongs_to_a_prefix_if_most_shards_have_it(tmp_path):
     found = planning.survey(url, spec)
     assert found.schema.modalities[0].columns == ("s__a", "s__b")
     assert list(found.set_aside) == ["3.parquet"]
+
+
+def test_what_the_spec_says_of_a_modality_reaches_the_model(tmp_path):
+    publish_table(str(tmp_path), "0.parquet", pa.table({"subject_id": [1], "a__x": [1.0], "b__x": [2.0]}))
+    chosen = ModalitySpec(prefix="a__", kinds="real", hide=0.3, tails="gaussian")
+    spec = CohortSpec(modalities={"a": chosen, "b": ModalitySpec(prefix="b__", kinds="real")})
+    config = jobs.model_config(planning.survey(str(tmp_path), spec).schema, 600, FitSettings())
+    assert [(m.hide, m.tails) for m in config.modalities] == [(0.3, "gaussian"), (0.5, "student")]
 
 
 def test_the_fingerprint_follows_data_and_schema(tmp_path, spec_file):

@@ -16,6 +16,7 @@ WRONG = {
     "kinds and features differ": (MODALITY + 'features = ["a"]\nkinds = ["real", "real"]\n', "2 kinds for 1 features"),
     "repeated features": (MODALITY + 'features = ["a", "a"]\n', "not unique"),
     "never hidden": (MODALITY + "hide = 0.0\n", "modalities.labs.hide"),
+    "unknown tails": (MODALITY + 'tails = "heavy"\n', "modalities.labs.tails: Input should be 'gaussian' or 'student'"),
     "name with a divider": ('[modalities."a__b"]\nprefix = "a__"\n', "has no '__' in it"),
     "no TOML": ("subject_id = \n", "not a readable TOML file"),
 }

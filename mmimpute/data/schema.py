@@ -12,7 +12,7 @@ import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import CohortSpec, ModalitySpec, SpecKind
+from mmimpute.spec import CohortSpec, ModalitySpec, SpecKind, Tails
 
 OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
 FROM_PRIOR = "from_prior"
@@ -41,6 +41,7 @@ class Modality(_Frozen):
     features: tuple[Feature, ...]
     impute: bool
     hide: float
+    tails: Tails
 
 
 class CohortSchema(_Frozen):
@@ -124,7 +125,8 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
         raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
     features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
     layout = "list" if spec.column else "scalars"
-    return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, impute=spec.impute, hide=spec.hide)
+    rest = spec.model_dump(include={"impute", "hide", "tails"})
+    return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, **rest)
 
 
 def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: set[str]) -> tuple[str, ...]:

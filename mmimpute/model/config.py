@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
+TAILS = ("gaussian", "student")
 
 
 def _check_keys(cls: type, found: Mapping[str, Any]) -> None:
@@ -24,6 +25,7 @@ class ModalityConfig:
     kinds: tuple[str, ...]
     levels: tuple[int, ...] = ()
     hide: float = 0.5  # how readily training hides it, relative to the other modalities
+    tails: str = "student"  # of p(xj | zj, z0) of real features; see likelihoods.py
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
@@ -39,6 +41,8 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: ordinal and categorical features need at least 2 levels")
         if not 0 < self.hide <= 1:
             raise ValueError(f"modality {self.name!r}: hide is {self.hide}, expected a value in (0, 1]")
+        if self.tails not in TAILS:
+            raise ValueError(f"modality {self.name!r}: unknown tails {self.tails!r}; valid ones are {list(TAILS)}")
 
     @property
     def width(self) -> int:

@@ -1,5 +1,12 @@
 """p(xj | zj, z0): one likelihood per feature, by kind, vectorised per kind.
 
+Real features are Student-t with learned degrees of freedom per member and feature, or Gaussian (`tails = "gaussian"`). The
+decoder's deviation stays the standard deviation, so `moments`, `score` and `location_scale` are the same for both: the
+tails are in `log_prob` and `sample`. Student-t is the default because lab values have outliers that a draw should have
+too, and it costs no accuracy. Gaussian -> Student-t on nhanes 0.0 (seed 0): skill .2574 -> .2573; log score of hidden real
+values -1.052 -> -1.037 nats, of glyco -0.774 -> -0.719; more than 5 robust deviations from the middle of their draws
+lie 0.3% of chem's and 0.8 to 1.0% of glyco's values, and of the draws 0.02% -> 0.09% and 0.05% -> 0.22%.
+
 Targets are what a likelihood is asked about: standardised values of real features, and the values themselves
 (0/1, counts, level indices) of the other kinds.
 
@@ -16,6 +23,9 @@ from mmimpute.model.config import KINDS, ModalityConfig
 from mmimpute.model.standardise import Standardise
 
 LOG_SD = (-4.0, 2.0)
+FREEDOM = (2.1, 200.0)  # degrees of freedom: more than 2 for a variance to exist, at the upper end as good as Gaussian
+FIRST_FREEDOM = 30.0
+TAIL_PACE = 20.0  # Adam moves all parameters alike, and tails go a long way; at 10 they had not arrived after 450 steps, 40 gave the same
 FAR = 30.0  # a logit that is as good as infinite, with finite gradients
 MARGINAL_CRPS = 1 / math.sqrt(math.pi)  # expected CRPS of N(0, 1) about itself
 Heads = dict[str, Tensor]  # kind -> (..., F, outputs per feature)
@@ -23,6 +33,13 @@ Heads = dict[str, Tensor]  # kind -> (..., F, outputs per feature)
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     return -0.5 * ((x - mean) * torch.exp(-log_sd)).square() - log_sd - 0.5 * math.log(2 * math.pi)
+
+
+def student_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor, freedom: Tensor) -> Tensor:
+    """Student-t with standard deviation exp(log_sd), so scale^2 = sd^2 (freedom - 2) / freedom; freedom > 2."""
+    square = ((x - mean) * torch.exp(-log_sd)).square() / (freedom - 2)
+    constant = torch.lgamma((freedom + 1) / 2) - torch.lgamma(freedom / 2) - 0.5 * torch.log(math.pi * (freedom - 2))
+    return constant - log_sd - 0.5 * (freedom + 1) * torch.log1p(square)
 
 
 def bernoulli_log_prob(x: Tensor, logit: Tensor) -> Tensor:
@@ -80,7 +97,17 @@ class Likelihoods(nn.Module):
             self.register_buffer(f"{k}_F", torch.tensor(index[k], dtype=torch.long), persistent=False)
         order = [i for k in self.kinds for i in index[k]]
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
+        self.student = config.tails == "student" and "real" in self.kinds
+        if self.student:
+            self.tail_E1F = nn.Parameter(torch.zeros(members, 1, self.counts["real"]))
         self._marginals(config, standardise, members)
+
+    @property
+    def freedom_E1F(self) -> Tensor:
+        """Degrees of freedom of each member's Student-t, per real feature."""
+        least, most = FREEDOM
+        first = math.log((FIRST_FREEDOM - least) / (most - FIRST_FREEDOM))
+        return least + (most - least) * torch.sigmoid(first + TAIL_PACE * self.tail_E1F)
 
     def _marginals(self, config: ModalityConfig, standardise: Standardise, members: int) -> None:
         """Offsets that make zero outputs the marginal, and the marginal's score by which each score is divided."""
@@ -148,7 +175,7 @@ class Likelihoods(nn.Module):
         for kind in self.kinds:
             x, head = self._of_kind(target_D, kind), heads[kind]
             if kind == "real":
-                parts.append(gaussian_log_prob(x, head[..., 0], head[..., 1]))
+                parts.append(self._real_log_prob(x, head))
             elif kind == "binary":
                 parts.append(bernoulli_log_prob(x, head[..., 0]))
             elif kind == "count":
@@ -159,6 +186,11 @@ class Likelihoods(nn.Module):
                 head = head.expand(*shape, head.shape[-1])
                 parts.append(head.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1))
         return self._join(parts)
+
+    def _real_log_prob(self, x: Tensor, head: Tensor) -> Tensor:
+        if self.student:
+            return student_log_prob(x, *head.unbind(-1), self.freedom_E1F)
+        return gaussian_log_prob(x, *head.unbind(-1))
 
     def score(self, heads: Heads, target_BD: Tensor, log_prob_SBD: Tensor) -> Tensor:
         """Score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of its mean and
@@ -197,8 +229,7 @@ class Likelihoods(nn.Module):
         for kind in self.kinds:
             head = heads[kind]
             if kind == "real":
-                noise = torch.randn(head.shape[:-1], generator=generator, device=head.device)
-                parts.append(head[..., 0] + head[..., 1].exp() * noise)
+                parts.append(head[..., 0] + head[..., 1].exp() * self._noise(head[..., 0], generator))
             elif kind == "binary":
                 chance = torch.rand(head.shape[:-1], generator=generator, device=head.device)
                 parts.append((chance < torch.sigmoid(head[..., 0])).float())
@@ -209,6 +240,14 @@ class Likelihoods(nn.Module):
                 level = torch.multinomial(head.exp().flatten(0, -2), 1, generator=generator)
                 parts.append(level.view(head.shape[:-1]).float())
         return self._original(self._join(parts), standardise)
+
+    def _noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Of variance 1, with the tails of the real features."""
+        noise = torch.randn(like.shape, generator=generator, device=like.device)
+        if not self.student:
+            return noise
+        freedom = self.freedom_E1F.expand_as(like)
+        return noise * ((freedom - 2) / (2 * torch._standard_gamma(freedom / 2, generator=generator))).sqrt()
 
     def _original(self, target: Tensor, standardise: Standardise) -> Tensor:
         if "real" not in self.kinds:

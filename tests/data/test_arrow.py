@@ -272,6 +272,7 @@ def test_synthetic_values_take_the_cohorts_types():
         features=features,
         impute=True,
         hide=0.5,
+        tails="student",
     )
     columns = in_columns(modality, np.array([[300.4, 1, 2], [-1.6, 0, 0]]))
     assert [c.to_pylist() for c in columns.values()] == [[127, -2], [20.0, 10.0], ["high", "low"]]

@@ -13,7 +13,10 @@ from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
 
 MIXED = ModalityConfig("labs.mixed", ("real", "binary", "count", "ordinal", "categorical", "ordinal", "real"), (0, 0, 0, 4, 3, 6, 0))
 CONFIG = ModelConfig(
-    (MIXED, ModalityConfig("plain", ("real",) * 5), ModalityConfig("codes", ("binary", "count"))), shared=8, hidden=32, decoder=16
+    (MIXED, ModalityConfig("plain", ("real",) * 5, tails="gaussian"), ModalityConfig("codes", ("binary", "count"))),
+    shared=8,
+    hidden=32,
+    decoder=16,
 )
 
 

@@ -15,6 +15,7 @@ from mmimpute.model.likelihoods import (
     moment_crps,
     negative_binomial_log_prob,
     ordinal_log_probs,
+    student_log_prob,
 )
 from mmimpute.model.networks import Normal, kl, product
 from mmimpute.model.standardise import Standardise
@@ -24,6 +25,10 @@ def test_log_probabilities_agree_with_scipy():
     x = torch.tensor([-1.0, 0.3, 2.0])
     expected = stats.norm.logpdf(x.numpy(), 0.5, np.exp(-0.7))
     np.testing.assert_allclose(gaussian_log_prob(x, torch.tensor(0.5), torch.tensor(-0.7)), expected, rtol=1e-5)
+    for freedom in (2.1, 4.0, 30.0, 200.0):
+        scale = np.exp(-0.7) * np.sqrt((freedom - 2) / freedom)
+        found = student_log_prob(x, torch.tensor(0.5), torch.tensor(-0.7), torch.tensor(freedom))
+        np.testing.assert_allclose(found, stats.t.logpdf(x.numpy(), freedom, 0.5, scale), rtol=1e-4, atol=1e-4)
     for value in (0.0, 1.0):
         expected = stats.bernoulli.logpmf(value, 1 / (1 + np.exp(-1.3)))
         found = bernoulli_log_prob(torch.tensor(value), torch.tensor(1.3)).item()
@@ -150,3 +155,36 @@ def test_pair_score_prefers_the_right_dependence():
         scores.append((single.item(), likelihood.pair_score(heads, x, seen).mean().item()))
     assert scores[0][0] == pytest.approx(scores[1][0], abs=0.01)
     assert scores[0][1] < scores[1][1] - 0.02
+
+
+def real_likelihoods(tails, members=1):
+    """Of two real features, with the standardisation of unit Gaussians."""
+    standardise = Standardise(statistics(np.random.default_rng(0).normal(size=(500, 2)), ("real", "real")))
+    return Likelihoods(ModalityConfig("m", ("real", "real"), tails=tails), standardise, members), standardise
+
+
+def test_tails_leave_standard_deviations_and_scores_alone():
+    gaussian, student = (real_likelihoods(tails, members=3) for tails in ("gaussian", "student"))
+    generator = torch.Generator().manual_seed(0)
+    raw, target = torch.randn(4, 3, 5, 4, generator=generator), torch.randn(5, 2, generator=generator)
+    found = []
+    for likelihood, standardise in (gaussian, student):
+        heads = likelihood.heads(raw)
+        score = likelihood.score(heads, target, likelihood.log_prob(heads, target))
+        found.append([*likelihood.moments(heads, standardise), *likelihood.location_scale(heads), score])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_student_samples_have_the_variance_and_the_tails_of_their_member():
+    likelihood, standardise = real_likelihoods("student", members=2)
+    with torch.no_grad():
+        likelihood.tail_E1F[1] = -0.125  # -1.81 is 30 degrees of freedom, -4.31 is 4.7
+    heads = likelihood.heads(torch.tensor([0.5, -0.7] * 2).expand(2, 400_000, 4))
+    drawn = likelihood.sample(heads, standardise, torch.Generator().manual_seed(0))
+    z_EN = (standardise(drawn)[..., 0].detach() - 0.5) / np.exp(-0.7)
+    np.testing.assert_allclose(z_EN.var(1), 1, rtol=0.03)
+    for e, freedom in enumerate(likelihood.freedom_E1F[:, 0, 0].tolist()):
+        unit = z_EN[e, ::40].numpy() / np.sqrt((freedom - 2) / freedom)
+        assert stats.kstest(unit, stats.t(freedom).cdf).pvalue > 0.01
+    assert (z_EN.abs() > 5).sum(1)[1] > 10 * (z_EN.abs() > 5).sum(1)[0]

@@ -201,6 +201,7 @@ def test_config_and_state_round_trip():
         (lambda: ModalityConfig("m", ()), "no features"),
         (lambda: ModalityConfig("m", ("ordinal",)), "at least 2 levels"),
         (lambda: ModalityConfig("m", ("real",), hide=0.0), "expected a value in"),
+        (lambda: ModalityConfig("m", ("real",), tails="cauchy"), "unknown tails 'cauchy'; valid ones are"),
         (lambda: ModelConfig(()), "at least one modality"),
         (lambda: ModelConfig.from_dict({"modalities": [], "hiden": 3}), "valid keys are"),
         (lambda: mixed_model().impute([(None, 0)]), "3 modalities, found 1"),

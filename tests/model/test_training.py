@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from cohorts import CONFIG, masks, mixed_model, mixed_values
+from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statistics
 
-from mmimpute.model import ModelConfig
+from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.training import OptimiserSettings, Training, fit_in_memory, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
@@ -96,3 +96,19 @@ def test_fit_keeps_the_best_average():
     losses = [h["loss"] for h in fitted.history]
     again = Training(fitted.model, OptimiserSettings(), 1).tune(in_batches(tune, 1024))
     assert summarise(again)["loss"] == pytest.approx(min(losses))
+
+
+def test_heavy_tails_are_learned():
+    """Errors of three features have 4 degrees of freedom, those of three others are Gaussian; all have variance 1."""
+    generator, rows = torch.Generator().manual_seed(0), 2000
+    errors = torch.randn(rows, 6, generator=generator)
+    errors[:, :3] /= torch._standard_gamma(torch.full((rows, 3), 2.0), generator=generator).sqrt()
+    common = torch.randn(rows, 1, generator=generator)
+    x = [common + 0.5 * torch.randn(rows, 2, generator=generator), 0.8 * common + 0.7 * errors]
+    modalities = (ModalityConfig("a", ("real",) * 2), ModalityConfig("b", ("real",) * 6))
+    config = ModelConfig(modalities, members=2, shared=4, hidden=32, decoder=16, elbo_weight=0.3)
+    model = MultiModalVAE(config, {m.name: statistics(v.numpy(), m.kinds) for m, v in zip(modalities, x, strict=True)})
+    fitted = fit_in_memory(model, (x, everything(x)), torch.arange(rows) % 2, plan=schedule(rows, epochs=30))
+    freedom_EF = fitted.model.likelihoods[1].freedom_E1F[:, 0].detach()
+    assert (freedom_EF[:, :3].amax(1) < freedom_EF[:, 3:].amin(1)).all()
+    assert freedom_EF[:, :3].mean() < 10 < freedom_EF[:, 3:].mean()
