@@ -56,7 +56,7 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and objective. The defaults were chosen on tune splits of three cohorts (see objective.py)."""
+    """Sizes and objective. The defaults were chosen out of fold on three cohorts (see objective.py)."""
 
     modalities: tuple[ModalityConfig, ...]
     members: int = 1  # trained side by side, each without its own fold of the subjects
