@@ -94,6 +94,7 @@ def fit(
     workers: Annotated[int, typer.Option(help="training workers; 0 = one per GPU, or one")] = 0,
     epochs: Annotated[int | None, typer.Option(help="at most; default: by the number of records")] = None,
     seed: int = 0,
+    pattern: Annotated[bool, typer.Option("--pattern/--no-pattern", help="what is missing of a record is an input too")] = True,
     address: Address = None,
 ) -> None:
     """Fit a model to a cohort; a second call resumes, or finds that the model still stands.
@@ -103,7 +104,7 @@ def fit(
     from mmimpute import jobs, planning
 
     found = planning.survey(shards, read_spec(spec))
-    settings = FitSettings(workers=workers, epochs=epochs, seed=seed)
+    settings = FitSettings(workers=workers, epochs=epochs, seed=seed, pattern=pattern)
     fitted = jobs.fit_model(found, model, settings, ClusterSettings(address=address), watch("fit"))
     what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
     console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")

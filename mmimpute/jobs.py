@@ -110,7 +110,7 @@ def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> Mode
         ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide, m.tails)
         for m in schema.modalities
     )
-    sizes = {"members": members_for(rows)} | ({"shared": settings.z0} if settings.z0 else {})
+    sizes = {"members": members_for(rows), "pattern": settings.pattern} | ({"shared": settings.z0} if settings.z0 else {})
     return ModelConfig.for_rows(modalities, rows, **sizes)
 
 

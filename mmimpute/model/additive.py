@@ -1,7 +1,8 @@
 """The additive expert: ridge and logistic regression of every feature on the other modalities' encoded values.
 
 An encoded number is itself and its piecewise-linear ramps, so the regression is a sum of curves (a generalised additive
-model with linear splines). Inputs that are missing are at the Gaussian expert's conditional means, with a flag.
+model with linear splines). Inputs that are missing are at the Gaussian expert's conditional means, with a flag
+(always 0 where `pattern` is false).
 
 Shape suffixes: E members, B or N records, K modalities, D features, F features of one kind, C input columns, R rank.
 """
@@ -26,6 +27,7 @@ class Additive(nn.Module):
 
     def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
         super().__init__()
+        self.pattern = config.pattern
         self.widths = [self._width(m.width, code, c) for m, code, c in zip(config.modalities, codes, components, strict=True)]
         for j, m in enumerate(config.modalities):
             self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), m.width))
@@ -50,7 +52,7 @@ class Additive(nn.Module):
             else:
                 filled_EBD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), component.restore(part))
                 block = self._encoded(filled_EBD, x[j], observed[j], code, knots[j])
-            flag = (present_B1.to(block.dtype) - 0.5).expand(*block.shape[:-1], 1)
+            flag = (self.pattern * (present_B1.to(block.dtype) - 0.5)).expand(*block.shape[:-1], 1)
             out += [block, flag]
         return torch.cat(out, -1)
 

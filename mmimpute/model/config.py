@@ -70,6 +70,7 @@ class ModelConfig:
     impute_draws: int = 4  # latent draws per record in L_impute, in antithetic pairs
     hide_one: float = 0.8  # probability that exactly one modality is hidden
     drop_values: float = 0.15  # share of training records of which the encoders see only a part of the values
+    pattern: bool = True  # what is missing is an input
     pair_weight: float = 0.1  # weight of the score of pairs of features, which trains their dependence
 
     def __post_init__(self) -> None:

@@ -69,8 +69,10 @@ def keep_scale(layer: Linear) -> None:
 class Code(nn.Module):
     """A modality's values as network inputs: 0 wherever nothing is observed."""
 
-    def __init__(self, config: ModalityConfig, piecewise_limit: int) -> None:
+    def __init__(self, config: ModalityConfig, piecewise_limit: int, pattern: bool) -> None:
+        """pattern: false encodes what is missing as an observed standardised 0; of a category, as one of no level."""
         super().__init__()
+        self.pattern = pattern
         numeric = [i for i, k in enumerate(config.kinds) if k != "categorical"]
         curved = [i for i in numeric if config.kinds[i] != "binary"] if config.width <= piecewise_limit else []
         categorical = [i for i, k in enumerate(config.kinds) if k == "categorical"]
@@ -86,13 +88,20 @@ class Code(nn.Module):
         seen_BD = observed_BD.to(z_BD.dtype)
         parts = [z_BD.index_select(-1, self.numeric_F).clamp(-CLIP, CLIP)]
         if self.curved_F.numel():
-            parts.append((self.ramps(z_BD, knots_DO) * seen_BD[:, self.curved_F, None]).flatten(1))
+            parts.append(self._curves(z_BD, seen_BD, knots_DO).flatten(1))
         if self.categorical_F.numel():
             level = x_BD[:, self.categorical_F].clamp(0, self.levels - 1).long()
             parts.append((fn.one_hot(level, self.levels) * seen_BD[:, self.categorical_F, None]).flatten(1))
         # Holes: values missing inside a modality that is there. A modality that is absent as a whole is told by a flag.
-        parts.append(observed_BD.any(-1, keepdim=True) * (1 - seen_BD))
+        parts.append(observed_BD.any(-1, keepdim=True) * (1 - seen_BD) * self.pattern)
         return self.scale * torch.cat(parts, -1)
+
+    def _curves(self, z_BD: Tensor, seen_BD: Tensor, knots_DO: Tensor) -> Tensor:
+        """The ramps with 0 where nothing is observed; without the pattern, with 0 at the mean, which is then the same."""
+        ramps_BFO = self.ramps(z_BD, knots_DO)
+        if self.pattern:
+            return ramps_BFO * seen_BD[:, self.curved_F, None]
+        return ramps_BFO - self.ramps(torch.zeros_like(z_BD[:1]), knots_DO)
 
     def ramps(self, z_BD: Tensor, knots_DO: Tensor) -> Tensor:
         """Piecewise-linear encoding of the curved features, (..., B, F, 8): how far z is through each octile, - 1/2."""
@@ -107,6 +116,7 @@ class SharedEncoder(nn.Module):
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         members, inputs = config.members, width + len(config.modalities)
+        self.pattern = config.pattern
         self.trunk = nn.Sequential(
             Linear(members, inputs, config.hidden),
             nn.SiLU(),
@@ -129,7 +139,7 @@ class SharedEncoder(nn.Module):
         nn.init.zeros_(self.skip.weight)
 
     def forward(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
-        flags_BK = present_BK.to(codes[0].dtype)
+        flags_BK = present_BK.to(codes[0].dtype) * self.pattern
         code_BC = torch.cat([*codes, flags_BK], -1)
         curved_EBL, raw_EBL = self.trunk(code_BC).float().chunk(2, -1)
         mean_EBL = curved_EBL + self.skip(code_BC).float()

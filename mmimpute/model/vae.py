@@ -68,7 +68,7 @@ class MultiModalVAE(nn.Module):
         self.likelihoods = nn.ModuleList(
             Likelihoods(m, s, config.members) for m, s in zip(config.modalities, self.standardise, strict=True)
         )
-        self.code = nn.ModuleList(Code(m, config.piecewise_limit) for m in config.modalities)
+        self.code = nn.ModuleList(Code(m, config.piecewise_limit, config.pattern) for m in config.modalities)
         self.shared = SharedEncoder(config, sum(c.width for c in self.code))
         self.prior = SharedPrior(config.members, config.shared)
         self.private = nn.ModuleList(

@@ -59,9 +59,8 @@ def main() -> None:
             with torch.inference_mode():
                 said = model.module.predict(*to_model(wide, model.widths)).mean[names.index(m.name)].numpy()
             ours, oracle = score(m.kind, x[m.name], said), score(m.kind, x[m.name], best)
-            print(
-                f"  {m.name:8} {'R2' if m.kind == 'real' else 'AUROC':5}  ours {ours:.3f}  oracle {oracle:.3f}  short by {oracle - ours:.3f}"
-            )
+            label = "R2" if m.kind == "real" else "AUROC"
+            print(f"  {m.name:8} {label:5}  ours {ours:.3f}  oracle {oracle:.3f}  short by {oracle - ours:.3f}")
 
 
 if __name__ == "__main__":
