@@ -115,7 +115,8 @@ def conjugate_gradients(covariance_EPP: Tensor, right_EBP: Tensor, known_EBP: Te
     enough = TOLERANCE**2 * energy_EB1
     for _ in range(SOLVER_STEPS):
         image_EBP = (step_EBP @ covariance_EPP) * known_EBP
-        length_EB1 = energy_EB1 / (step_EBP * image_EBP).sum(-1, keepdim=True).clamp_min(1e-20)
+        # A record that has arrived stands still, or it would go on as long as the records next to it need.
+        length_EB1 = (energy_EB1 > enough) * energy_EB1 / (step_EBP * image_EBP).sum(-1, keepdim=True).clamp_min(1e-20)
         solved_EBP = solved_EBP + length_EB1 * step_EBP
         residual_EBP = residual_EBP - length_EB1 * image_EBP
         scaled_EBP = residual_EBP / scale_E1P
