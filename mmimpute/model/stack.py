@@ -11,6 +11,7 @@ There is one set of parameters for modalities that are missing as a whole and on
 Shape suffixes: E members, M experts, B or N records, D features, G 2: gap, whole.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,6 +143,9 @@ class Target:
         """Features that vary and are scored often enough to be judged."""
         return (self._std_D > 1e-6) & (self.scored_ND.sum(0) >= 10)
 
+    def rows(self, rows: Tensor) -> "Target":
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in ("x_ND", "z_ND", "scored_ND", "fold_N")})
+
     def part(self, features: Tensor) -> "Target":
         columns = (t[..., features] for t in (self.x_ND, self.z_ND, self.scored_ND))
         return Target(*columns, self.fold_N, self.real_D[features], self.standardise.part(features))
@@ -161,15 +165,24 @@ def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> No
     weights. Member e's stack sees no record of fold e, unless there is one member only. The common weights of a wide
     modality come from SAMPLE of its features; each of the others gets its own scale, in closed form.
     """
-    members, width = len(stack.kappa_EG), len(target.live_D)
-    fold_EN = target.fold_N != torch.arange(members)[:, None] if members > 1 else (target.fold_N >= 0)[None]
-    scored_END = fold_EN[:, :, None] & target.scored_ND & target.live_D
+    members = len(stack.kappa_EG)
+    for e in range(members):
+        rows = (target.fold_N != e if members > 1 else target.fold_N >= 0).nonzero().squeeze(1)
+        first = {name: t[e : e + 1].clone() for name, t in stack.of(mode).items()}
+        last = _fit_member(first, Beliefs(beliefs.location_MEBD[:, :, rows], beliefs.scale_EBD[:, rows]), target.rows(rows))
+        for name, t in stack.named_buffers():
+            t[e : e + 1, mode] = last[name.rsplit("_", 1)[0]]
+
+
+def _fit_member(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target) -> dict[str, Tensor]:
+    """One member's parameters (E = 1) from the records that it may see."""
+    width = len(target.live_D)
+    scored_END = (target.scored_ND & target.live_D)[None]
     count_ED = scored_END.sum(1).clamp_min(1)
     if not bool(target.live_D.any()):
-        return
-    _measure_alone(stack, mode, beliefs, target, scored_END, count_ED)
-    stack.level_EGD[:, mode] = (beliefs.scale_EBD.log() * scored_END).sum(1) / count_ED
-    parameters = {name: t.clone() for name, t in stack.of(mode).items()}
+        return parameters
+    parameters["alone"] = _alone(beliefs, target, scored_END, count_ED)
+    parameters["level"] = (beliefs.scale_EBD.log() * scored_END).sum(1) / count_ED
     chosen = target.live_D.nonzero().squeeze(1)
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
     some = {name: t if name in COMMON else t[..., chosen] for name, t in parameters.items()}
@@ -183,19 +196,20 @@ def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> No
             parameters[name][..., chosen] = t
     if width > WIDE:
         parameters["shift"] = _own_scale(parameters, beliefs, target, scored_END, count_ED)
-    for name, t in stack.named_buffers():
-        t[:, mode] = parameters[name.rsplit("_", 1)[0]]
+    return parameters
 
 
 def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beliefs, target: Target, scored_END: Tensor) -> None:
     """Replaces the named parameters by those of the least penalised score."""
-    free = {name: parameters[name].clone().requires_grad_() for name in names}
+    least, best = math.inf, {name: parameters[name] for name in names}
+    free = {name: t.clone().requires_grad_() for name, t in best.items()}
     parameters |= free
     optimiser = torch.optim.LBFGS(list(free.values()), max_iter=STEPS, line_search_fn="strong_wolfe")
     count_ED, features = scored_END.sum(1).clamp_min(1), scored_END.shape[2]
     share_ED = 1 / count_ED / target.marginal_D / features
 
     def loss() -> Tensor:
+        nonlocal least, best
         optimiser.zero_grad()
         score_END = target.score(*mix(parameters, beliefs))
         value = ((score_END * scored_END).sum(1) * share_ED).sum()
@@ -204,11 +218,13 @@ def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beli
         common = (free["weight"] - 1 / len(EXPERTS)).square().sum() + (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
         value = value + COMMON_PENALTY * common
         value.backward()
+        if value.item() < least:  # at the optimum, in float32, the line search may step to NaN
+            least, best = value.item(), {name: t.detach().clone() for name, t in free.items()}
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
-    parameters |= {name: t.detach() for name, t in free.items()}
+    parameters |= best
 
 
 def _own_scale(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tensor) -> Tensor:
@@ -220,10 +236,10 @@ def _own_scale(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target, 
     return typical_E1 + count_ED / (count_ED + PENALTY) * (shift_ED - typical_E1)
 
 
-def _measure_alone(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tensor) -> None:
-    for m in range(len(EXPERTS)):
-        error_END = (target.z_ND - beliefs.location_MEBD[m]).square() * scored_END
-        stack.alone_EGMD[:, mode, m] = (error_END.sum(1) / count_ED).sqrt().clamp_min(1e-3)
+def _alone(beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tensor) -> Tensor:
+    """Each expert's own error, (1, M, D)."""
+    error_MND = (target.z_ND - beliefs.location_MEBD[:, 0]).square() * scored_END
+    return (error_MND.sum(1) / count_ED).sqrt().clamp_min(1e-3)[None]
 
 
 class Stack(nn.Module):
@@ -279,7 +295,13 @@ class Conformal(nn.Module):
 
 
 def conformal_quantiles(residual: Tensor, level: float) -> Tensor:
-    """The lower and the upper quantile of finite-sample validity, (2,)."""
+    """The lower and the upper quantile of finite-sample validity, (2,).
+
+    Where the values are too few to have that rank: the outermost of them, and at least the Gaussian's.
+    """
     n, ordered = len(residual), residual.sort().values
-    rank = min(n, math.ceil((n + 1) * (0.5 + level / 2)))
+    rank = math.ceil((n + 1) * (0.5 + level / 2))
+    if rank > n:
+        far = torch.special.ndtri(residual.new_tensor(0.5 + level / 2))
+        return torch.stack([torch.minimum(ordered[0], -far), torch.maximum(ordered[-1], far)])
     return torch.stack([ordered[n - rank], ordered[rank - 1]])

@@ -48,6 +48,14 @@ def mixed_values(rows: int, seed: int = 0) -> list[Tensor]:
     return [torch.tensor(v, dtype=torch.float32) for v in (mixed, draw.normal(size=(rows, 5)), codes)]
 
 
+def linked(x: list[Tensor], seed: int = 0, noise: float = 0.5) -> list[Tensor]:
+    """The same values, every column rearranged to follow one common latent: dependent, with the same margins."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(len(x[0]), 1, generator=generator)
+    ranks = [(common + noise * torch.randn(v.shape, generator=generator)).argsort(0).argsort(0) for v in x]
+    return [v.sort(0).values.gather(0, rank) for v, rank in zip(x, ranks, strict=True)]
+
+
 def mixed_model(seed: int = 0, members: int = 1) -> MultiModalVAE:
     """An untrained model of every kind, with weights that are not at their symmetric start."""
     torch.manual_seed(seed)
