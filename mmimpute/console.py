@@ -55,7 +55,8 @@ def watch(title: str) -> Callable[[dict], None]:
 def accuracy_table(evaluation: dict) -> Table:
     """Imputation accuracy per modality by members that had not seen the record, against the column mean."""
     table = Table(title="Accuracy, each modality hidden in turn from people not seen (column mean: skill 0, R2 0, AUROC 0.5)")
-    columns = ("records", "skill", "of the VAE", "additive", "Gaussian", "R2", "AUROC", "90% interval covers", "ECE")
+    table.caption = "experts alone: real and binary features only"
+    columns = ("records", "skill", "VAE alone", "additive", "Gaussian", "R2", "AUROC", "90% interval covers", "ECE")
     for name, justify in (("modality", "left"), *((n, "right") for n in columns)):
         table.add_column(name, justify=justify)
     for name, found in evaluation["modalities"].items():
