@@ -20,7 +20,7 @@ KEPT = 256  # components that the additive expert reads
 ITERATIONS = 8  # of expectation-maximisation
 MOST_WORK = 2e11  # patterns x P^3 up to which it runs; beyond, pairwise moments of that many records are as good
 SOLVER_STEPS = 40
-TOLERANCE = 1e-5  # of the residual's norm; 1e-2 gives the same skill to .00001, but no record to more than two digits
+TOLERANCE = 1e-4  # of the residual's norm; 1e-2 gives the same skill to .00001
 
 
 class Components(nn.Module):
@@ -110,25 +110,33 @@ def kept_components(config: ModelConfig, rows: int) -> list[int]:
 
 
 def conjugate_gradients(covariance_EPP: Tensor, right_EBP: Tensor, known_EBP: Tensor) -> Tensor:
-    """a with (S a)_k = right_k and a_u = 0, k and u being each record's known and unknown parts; Jacobi preconditioned."""
-    scale_E1P = covariance_EPP.diagonal(dim1=1, dim2=2)[:, None].clamp_min(1e-12)
+    """a with (S a)_k = right_k and a_u = 0, k and u being each record's known and unknown parts.
+
+    The preconditioner is the known block of S^-1, which is the inverse itself where everything is known: 10 steps to a
+    thousandth where S's diagonal takes 34 (nhanes, a third unknown).
+    """
+    precision_EPP = torch.cholesky_inverse(torch.linalg.cholesky(covariance_EPP))
     solved_EBP = torch.zeros_like(right_EBP)
     residual_EBP = right_EBP * known_EBP
-    step_EBP = residual_EBP / scale_E1P
-    energy_EB1 = (residual_EBP * step_EBP).sum(-1, keepdim=True)
-    enough = TOLERANCE**2 * energy_EB1
+    step_EBP = (residual_EBP @ precision_EPP).mul_(known_EBP)
+    energy_EB1 = _dot(residual_EBP, step_EBP)
+    enough_EB1 = TOLERANCE**2 * energy_EB1
     for _ in range(SOLVER_STEPS):
-        image_EBP = (step_EBP @ covariance_EPP) * known_EBP
+        image_EBP = (step_EBP @ covariance_EPP).mul_(known_EBP)
         # A record that has arrived stands still, or it would go on as long as the records next to it need.
-        length_EB1 = (energy_EB1 > enough) * energy_EB1 / (step_EBP * image_EBP).sum(-1, keepdim=True).clamp_min(1e-20)
-        solved_EBP = solved_EBP + length_EB1 * step_EBP
-        residual_EBP = residual_EBP - length_EB1 * image_EBP
-        scaled_EBP = residual_EBP / scale_E1P
-        energy_EB1, before_EB1 = (residual_EBP * scaled_EBP).sum(-1, keepdim=True), energy_EB1
-        if bool((energy_EB1 <= enough).all()):
+        length_EB1 = (energy_EB1 > enough_EB1) * energy_EB1 / _dot(step_EBP, image_EBP).clamp_min(1e-20)
+        solved_EBP.addcmul_(length_EB1, step_EBP)
+        residual_EBP.addcmul_(length_EB1, image_EBP, value=-1)
+        nearer_EBP = (residual_EBP @ precision_EPP).mul_(known_EBP)
+        energy_EB1, before_EB1 = _dot(residual_EBP, nearer_EBP), energy_EB1
+        if bool((energy_EB1 <= enough_EB1).all()):
             break
-        step_EBP = scaled_EBP + energy_EB1 / before_EB1.clamp_min(1e-20) * step_EBP
+        step_EBP = nearer_EBP.addcmul_(energy_EB1 / before_EB1.clamp_min(1e-20), step_EBP)
     return solved_EBP
+
+
+def _dot(a_EBP: Tensor, b_EBP: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a_EBP, b_EBP)[..., None]
 
 
 def fit_normal(y_NP: Tensor, known_NP: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

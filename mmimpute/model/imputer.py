@@ -7,7 +7,7 @@ Shape suffixes: E members, B records, K modalities, D features, S draws, R rows 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from mmimpute.model.additive import Additive
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.gaussian import Gaussian, kept_components
-from mmimpute.model.stack import EXPERTS, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
+from mmimpute.model.likelihoods import Heads
+from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
 from mmimpute.model.standardise import FeatureStatistics
-from mmimpute.model.vae import Inputs, MultiModalVAE
+from mmimpute.model.vae import Inputs, Latents, MultiModalVAE
 
 # Values of a prediction held at once, nodes x members x rows x features: a CPU's caches like 2^16 to 2^19 (5.2-5.7 thousand
 # rows a second of nhanes; 2^21: 4.4, 2^23: 3.9), a GPU large batches.
@@ -35,6 +36,16 @@ class Prediction:
     lower: list[Tensor] | None
     upper: list[Tensor] | None
     z0_BL: Tensor  # mean of q(z0 | x) of the first member
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """What does not depend on the modality that is asked for: all experts conditioned on what some records hold."""
+
+    inputs: Inputs
+    latents: Latents
+    filled_EBP: Tensor  # the Gaussian's completed vector
+    columns_EBC: Tensor  # of the additive expert
 
 
 class Imputer(nn.Module):
@@ -91,28 +102,33 @@ class Imputer(nn.Module):
         knots = [s.knots for s in self.vae.standardise]
         return filled, self.additive.columns(filled, inputs.z, inputs.filled, inputs.observed, self.vae.code, self.gaussian, knots)
 
-    def _beliefs(self, j: int, filled: Tensor, columns: Tensor, rows: Tensor, heads) -> Beliefs:
+    def _conditioned(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> "Conditioned":
+        inputs = self.vae.inputs(x, observed)
+        return Conditioned(inputs, self.vae.latents(inputs, NODES), *self.linear(inputs))
+
+    def _beliefs(self, j: int, given: "Conditioned", rows: Tensor) -> tuple[Heads, Beliefs]:
+        """The VAE's heads of modality j and what all experts say, of some records."""
+        heads = self.vae.heads(j, given.inputs, given.latents, rows)
         location_EBD, scale_EBD = self.vae.likelihoods[j].location_scale(heads)
-        part = filled.split(self.gaussian.sizes, -1)[j]
-        gaussian = self.gaussian.components[j].restore(part[:, rows])
+        gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j][:, rows])
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
         gaussian = torch.where(getattr(self, f"real_{j}"), gaussian, torch.logit(chance))
-        return Beliefs(torch.stack([location_EBD, self.additive(j, columns[:, rows]), gaussian]), scale_EBD)
+        return heads, Beliefs(torch.stack([location_EBD, self.additive(j, given.columns_EBC)[:, rows], gaussian]), scale_EBD)
 
-    def _each(self, x: Sequence[Tensor], observed: Sequence[Tensor]):
-        """Per modality: rows that lack something, the VAE's heads and the experts' beliefs there."""
-        inputs = self.vae.inputs(x, observed)
-        latents = self.vae.latents(inputs, NODES)
-        filled, columns = self.linear(inputs)
-        for j in range(len(self.vae.private)):
-            rows = (~observed[j].all(1)).nonzero().squeeze(1)
-            heads = self.vae.heads(j, inputs, latents, rows)
-            yield j, rows, heads, self._beliefs(j, filled, columns, rows, heads), latents.mean_EBL
+    def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor, Heads, Beliefs]]:
+        """Per modality, the records with gaps in it and those that lack it whole: mode, rows and what is believed there."""
+        for j, seen_BD in enumerate(given.inputs.observed):
+            whole_B = ~seen_BD.any(1)
+            for mode, rows_B in ((WHOLE, whole_B), (GAP, ~whole_B & ~seen_BD.all(1))):
+                rows = rows_B.nonzero().squeeze(1)
+                if len(rows):
+                    yield j, mode, rows, *self._beliefs(j, given, rows)
 
+    @torch.no_grad()
     def believe(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int) -> Beliefs:
         """What each expert says of modality j of every record, none of which may hold all of it."""
-        return next(beliefs for i, _, _, beliefs, _ in self._each(x, observed) if i == j)
+        return self._beliefs(j, self._conditioned(x, observed), torch.arange(len(x[j]), device=self.device))[1]
 
     # -- use ------------------------------------------------------------------------------------------------------
 
@@ -137,25 +153,24 @@ class Imputer(nn.Module):
         return Prediction(**joined, z0_BL=torch.cat([p.z0_BL for p in pieces]))
 
     def _predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], level: float | None) -> Prediction:
-        mean, std, lower, upper, mean_EBL = [], [], [], [], None
-        for j, rows, heads, beliefs, mean_EBL in self._each(x, observed):  # noqa: B007
-            whole_R = ~observed[j][rows].any(1)
-            own, spread = self._original(j, beliefs, whole_R, heads)
-            put = lambda t, values, rows=rows: t.index_copy(0, rows, values.to(t.dtype))  # noqa: E731
-            value_BD = torch.where(observed[j], x[j], 0.0).float()
+        given = self._conditioned(x, observed)
+        mean = [filled_BD.clone() for filled_BD in given.inputs.filled]
+        std = [torch.zeros_like(m) for m in mean]
+        lower, upper = ([m.clone() for m in mean] if level else None for _ in range(2))
+        for j, mode, rows, heads, beliefs in self._incomplete(given):
             seen_RD = observed[j][rows]
-            mean.append(put(value_BD, torch.where(seen_RD, value_BD[rows], own)))
-            std.append(put(torch.zeros_like(value_BD), torch.where(seen_RD, 0.0, spread)))
-            if level is not None:
+            own, spread = self._original(j, mode, beliefs, heads)
+            found = [(mean[j], own), (std[j], spread)]
+            if level:
                 group_R = self.conformal.group(j, [o[rows] for o in observed])
-                bounds = self.conformal.bounds(j, level, own, spread, group_R)
-                for found, bound in zip((lower, upper), bounds, strict=True):
-                    found.append(put(value_BD, torch.where(seen_RD, value_BD[rows], bound)))
-        return Prediction(mean, std, lower if level else None, upper if level else None, mean_EBL[0])
+                found += zip((lower[j], upper[j]), self.conformal.bounds(j, level, own, spread, group_R), strict=True)
+            for whole_BD, part_RD in found:
+                whole_BD[rows] = torch.where(seen_RD, whole_BD[rows], part_RD)
+        return Prediction(mean, std, lower, upper, given.latents.mean_EBL[0])
 
-    def _original(self, j: int, beliefs: Beliefs, whole_R: Tensor, heads) -> tuple[Tensor, Tensor]:
+    def _original(self, j: int, mode: int, beliefs: Beliefs, heads: Heads) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (R, D) in original units; kinds that only the VAE knows come from its mixture."""
-        location, scale = pooled(*self.stack.modalities[j](beliefs, whole_R))
+        location, scale = pooled(*self.stack.modalities[j](beliefs, mode))
         mixed = original(location, scale, getattr(self, f"real_{j}"), self.vae.standardise[j])
         mixed_D = getattr(self, f"mixed_{j}")
         if bool(mixed_D.all()):
@@ -186,9 +201,8 @@ class Imputer(nn.Module):
         """
         x, observed = self.vae.read(record)
         completed = self.vae.impute(record, 1 if draws is None else draws, generator)
-        for j, rows, _, beliefs, _ in self._each(x, observed):
-            whole_R = ~observed[j][rows].any(1)
-            moved_SRD = self._moved(j, completed[j][:, rows], beliefs, whole_R, generator).to(x[j].dtype)
+        for j, mode, rows, _, beliefs in self._incomplete(self._conditioned(x, observed)):
+            moved_SRD = self._moved(j, mode, completed[j][:, rows], beliefs, generator).to(x[j].dtype)
             kept_SRD = torch.where(observed[j][rows], completed[j][:, rows], moved_SRD)
             completed[j] = completed[j].index_copy(1, rows, kept_SRD)
         return [c[0] for c in completed] if draws is None else completed
@@ -199,14 +213,13 @@ class Imputer(nn.Module):
         scale_RD = (beliefs.scale_EBD.square().mean(0) + variance(own_ERD)).sqrt()
         return (self.vae.standardise[j](drawn_SRD.float()) - own_ERD.mean(0)) / scale_RD
 
-    def _moved(self, j: int, drawn_SRD: Tensor, beliefs: Beliefs, whole_R: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _moved(self, j: int, mode: int, drawn_SRD: Tensor, beliefs: Beliefs, generator: torch.Generator | None) -> Tensor:
         """Draws of the VAE with the margins of the stack."""
         real_D = getattr(self, f"real_{j}")
-        location, scale = pooled(*self.stack.modalities[j](beliefs, whole_R))
+        location, scale = pooled(*self.stack.modalities[j](beliefs, mode))
         deviation_SRD = self.deviations(j, drawn_SRD, beliefs)
-        if hasattr(self, f"colour_{j}"):
-            coloured_SRD = torch.where(real_D, deviation_SRD, 0.0) @ getattr(self, f"colour_{j}").T
-            deviation_SRD = torch.where(whole_R[:, None], coloured_SRD, deviation_SRD)
+        if mode == WHOLE and hasattr(self, f"colour_{j}"):
+            deviation_SRD = torch.where(real_D, deviation_SRD, 0.0) @ getattr(self, f"colour_{j}").T
         numbers_SRD = self.vae.standardise[j].inverse(location + scale * deviation_SRD)
         before_RD, after_RD = torch.sigmoid(beliefs.location_MEBD[EXPERTS.index("vae")]).mean(0), torch.sigmoid(location)
         # The least that has to be flipped for the probability to be `after`.

@@ -107,7 +107,7 @@ class Code(nn.Module):
         """Piecewise-linear encoding of the curved features, (..., B, F, 8): how far z is through each octile, - 1/2."""
         edges_FO = knots_DO[self.curved_F]
         width_FO = edges_FO.diff(dim=1).clamp_min(1e-6)
-        return ((z_BD[..., self.curved_F, None] - edges_FO[:, :-1]) / width_FO).clamp(0, 1) - 0.5
+        return (z_BD[..., self.curved_F, None] - edges_FO[:, :-1]).mul_(1 / width_FO).clamp_(0, 1).sub_(0.5)
 
 
 class SharedEncoder(nn.Module):

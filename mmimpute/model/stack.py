@@ -61,10 +61,9 @@ class ModalityStack(nn.Module):
         """The parameters for gaps or for whole modalities, by name."""
         return {name.rsplit("_", 1)[0]: t[:, mode] for name, t in self.named_buffers()}
 
-    def forward(self, beliefs: Beliefs, whole_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Each member's location and scale, (E, B, D)."""
-        parts = [mix(self.of(mode), beliefs) for mode in (GAP, WHOLE)]
-        return tuple(torch.where(whole_B[:, None], whole, gap) for gap, whole in zip(*parts, strict=True))
+    def forward(self, beliefs: Beliefs, mode: int) -> tuple[Tensor, Tensor]:
+        """Each member's location and scale of gaps or of whole modalities, (E, B, D)."""
+        return mix(self.of(mode), beliefs)
 
 
 def mix(parameters: dict[str, Tensor], beliefs: Beliefs) -> tuple[Tensor, Tensor]:

@@ -243,9 +243,11 @@ class MultiModalVAE(nn.Module):
         """p(xj | zj, z0) with zj ~ q(zj | z0, xj), which is p(zj | z0) where nothing of xj is observed."""
         private, (draws, _, batch) = self.private[j], z0_SEBL.shape[:3]
         z0 = z0_SEBL.transpose(0, 1).flatten(1, 2)
-        posterior = private.q(z0, private.p(z0), inputs.codes[j][rows], inputs.shown_BK[rows, j])
+        own, shown_R = private.p(z0), inputs.shown_BK[rows, j]
+        if bool(shown_R.any()):
+            own = private.q(z0, own, inputs.codes[j][rows], shown_R)
         noise = noise.expand(*z0_SEBL.shape[:3], private.own).transpose(0, 1).flatten(1, 2)
-        raw = private.decode(z0, posterior.sample(noise))
+        raw = private.decode(z0, own.sample(noise))
         return self.likelihoods[j].heads(raw.unflatten(1, (draws, batch)).transpose(0, 1))
 
     def latents(self, inputs: Inputs, draws: int) -> Latents:

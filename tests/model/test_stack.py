@@ -133,8 +133,9 @@ def test_each_kind_of_missingness_has_its_own_parameters():
     stack = ModalityStack(2, 3)
     stack.offset_EGD[:, GAP], stack.offset_EGD[:, WHOLE] = 1.0, 2.0
     zeros = torch.zeros(4, 3)
-    location_EBD, _ = stack(beliefs(zeros, zeros, zeros), torch.tensor([True, False, False, True]))
-    assert location_EBD[:, :, 0].tolist() == [[2.0, 1.0, 1.0, 2.0]] * 2
+    for mode, offset in ((GAP, 1.0), (WHOLE, 2.0)):
+        location_EBD, _ = stack(beliefs(zeros, zeros, zeros), mode)
+        assert torch.equal(location_EBD, torch.full((2, 4, 3), offset))
 
 
 def test_experts_that_agree_leave_the_vaes_scale():
