@@ -1,10 +1,17 @@
-"""One shard imputed: read, decode, predict, enrich, publish. A plain function; the cluster only calls it."""
+"""Shards imputed: fetch, decode, predict, enrich, publish. Plain functions; the cluster only calls them.
 
-import io
+While one shard is computed the next is fetched and the last is published, so that a GPU does not wait for the network.
+Of what is computed only a batch of rows is in memory; a large shard and a large result stand in the temp folder.
+"""
+
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -15,85 +22,156 @@ import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, flat
 from mmimpute.data.schema import check_columns
-from mmimpute.data.shards import Shard, open_shard, unreadable
-from mmimpute.data.table import COUNTS, digest, output_key
+from mmimpute.data.shards import IN_MEMORY, Shard, open_shard, unreadable
+from mmimpute.data.table import COUNTS, digest, output_key, published_counts
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import DataError
 from mmimpute.registry import Model
 from mmimpute.spec import ImputeSettings
 
-BATCH = 8192  # records decoded, predicted and encoded at a time
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each phase."""
-
-    read: float = 0.0
-    model: float = 0.0
-    write: float = 0.0
+BATCH = 8192  # records decoded, predicted and encoded at a time,
+BATCH_VALUES = 4 << 20  # or fewer of wide ones
+TRIES = 3  # of a shard whose worker died over it: out of memory, or a crash in a library
+PHASES = ("read", "model", "write")
 
 
 def settings_digest(settings: ImputeSettings) -> str:
     return digest(settings.model_dump_json(), mmimpute.__version__)
 
 
+@dataclass
+class Work:
+    """One shard on its way. file: the input, then the enriched shard."""
+
+    shard: Shard
+    key: str
+    file: pq.ParquetFile | IO[bytes] | None = None
+    status: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.status = {"shard": self.shard.key, "output": self.key, "error": None, "tries": 1, "seconds": dict.fromkeys(PHASES, 0.0)}
+        self.status |= {"rows": 0, "from_prior": 0, "imputed": {}}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.status["seconds"][name] += time.perf_counter() - began
+
+    def fail(self, error: object) -> None:
+        self.file = None
+        self.status |= {"error": str(error), "rows": 0, "from_prior": 0, "imputed": {}}
+
+
+@dataclass(frozen=True)
+class ShardImputer:
+    """What all shards of a run have in common."""
+
+    model: Model
+    shards: str
+    output: str
+    settings: ImputeSettings
+
+    def impute(self, todo: Sequence[Shard], begin: Callable[[str], int] = lambda key: 0) -> Iterator[dict]:
+        """Publishes the enriched shards and yields a status of each: rows, imputed values per modality, seconds.
+
+        A shard that breaks the input contract is not published; its status holds the error. begin is called before a
+        shard is computed and says in how many earlier tries the worker died; a shard that went so far is not tried again.
+        """
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            last: Future[dict] | None = None
+            ahead = reader.submit(self._fetch, todo[0])
+            for following in [*todo[1:], None]:
+                work = ahead.result()
+                ahead = following and reader.submit(self._fetch, following)
+                deaths = begin(work.key)
+                if last and deaths:  # what is being published must not die with this one
+                    yield last.result()
+                    last = None
+                self._compute(work, deaths)
+                if last:
+                    yield last.result()
+                last = writer.submit(self._publish, work)
+            yield last.result()
+
+    def _fetch(self, shard: Shard) -> Work:
+        work = Work(shard, output_key(shard, self.model.digest, settings_digest(self.settings)))
+        with work.phase("read"):
+            try:
+                work.file = open_shard(self.shards, shard)
+            except DataError as error:
+                work.fail(error)
+        return work
+
+    def _compute(self, work: Work, deaths: int) -> None:
+        """Turns the input into the enriched shard, unless an earlier try has published that or too many have failed."""
+        work.status["tries"] += deaths
+        if deaths and (counts := published_counts(self.output, work.key)):
+            work.file = None
+            work.status |= counts
+        elif deaths >= TRIES:
+            work.fail(DataError(work.shard.key, None, f"its worker died {deaths} times", "a shard that fits into memory", _AFTER_DEATH))
+        elif work.file:
+            try:
+                work.file = self._enriched(work)
+            except DataError as error:
+                work.fail(error)
+            except OSError as error:  # of the temp folder
+                work.fail(unreadable(work.shard.key, error))
+
+    def _publish(self, work: Work) -> dict:
+        if work.file:
+            with work.phase("write"), work.file:
+                storage.write(self.output, work.key, work.file)
+        return work.status
+
+    def _enriched(self, work: Work) -> IO[bytes]:
+        """The enriched shard, from its beginning; the caller closes it."""
+        schema, settings, file = self.model.schema, self.settings, work.file
+        with work.phase("read"):
+            check_columns(schema, file.schema_arrow, work.shard.key)
+            _check_ids(file, schema.subject_id, work.shard.key)
+        out = enriched_schema(schema, file.schema_arrow, settings.interval > 0, settings.draws, settings.latent)
+        with ExitStack() as stack:
+            sink = stack.enter_context(tempfile.SpooledTemporaryFile(IN_MEMORY))
+            self._write(work, sink, out.with_metadata({**(out.metadata or {}), **self._lineage(work.shard)}))
+            stack.pop_all()
+        sink.seek(0)
+        return sink
+
+    def _write(self, work: Work, sink: IO[bytes], out: pa.Schema) -> None:
+        schema, settings, key = self.model.schema, self.settings, work.shard.key
+        generator = torch.Generator(self.model.module.device).manual_seed(int(work.key[-40:-25], 16) + settings.seed)
+        with pq.ParquetWriter(sink, out, compression="zstd", write_page_checksum=True) as writer:
+            for batch in _batches(work, min(BATCH, max(1, BATCH_VALUES // schema.width))):
+                with work.phase("read"):
+                    records = decode(batch, schema, key)
+                with work.phase("model"):
+                    imputed, latent = predict(self.model, records, settings, generator)
+                with work.phase("write"):
+                    writer.write_batch(enrich(batch, out, schema, records, imputed, latent))
+                _count(records, work.status)
+            # The counts travel with the shard: whoever commits it later need not have seen it made.
+            counts = {name: work.status[name] for name in ("rows", "from_prior", "imputed")}
+            writer.add_key_value_metadata({COUNTS: json.dumps(counts)})
+
+    def _lineage(self, shard: Shard) -> dict[str, str]:
+        return {
+            "mmimpute.version": mmimpute.__version__,
+            "mmimpute.model": self.model.digest,
+            "mmimpute.settings": settings_digest(self.settings),
+            "mmimpute.input": shard.key,
+            "mmimpute.input_etag": shard.etag,
+        }
+
+
+_AFTER_DEATH = "split the shard or give the workers more memory; if it is small, it crashes a library: report it"
+
+
 def impute_shard(model: Model, shards: str, shard: Shard, output: str, settings: ImputeSettings) -> dict:
-    """Publishes the enriched shard and returns its status: rows, imputed values per modality, seconds.
-
-    A shard that breaks the input contract is not published; its status holds the error.
-    """
-    start = time.perf_counter()
-    key = output_key(shard, model.digest, settings_digest(settings))
-    status = {"shard": shard.key, "output": key, "rows": 0, "from_prior": 0, "imputed": {}, "error": None}
-    clock = Clock()
-    try:
-        content = _enriched_bytes(model, shards, shard, key, settings, status, clock)
-    except DataError as error:
-        return status | {"error": str(error), "rows": 0, "seconds": _seconds(clock, start)}
-    began = time.perf_counter()
-    storage.write(output, key, content)
-    clock.write += time.perf_counter() - began
-    return status | {"seconds": _seconds(clock, start)}
-
-
-def _seconds(clock: Clock, start: float) -> dict[str, float]:
-    return {"read": clock.read, "model": clock.model, "write": clock.write, "all": time.perf_counter() - start}
-
-
-def _enriched_bytes(model: Model, shards: str, shard: Shard, key: str, settings: ImputeSettings, status: dict, clock: Clock) -> bytes:
-    schema, began = model.schema, time.perf_counter()
-    file = open_shard(shards, shard)
-    check_columns(schema, file.schema_arrow, shard.key)
-    out = enriched_schema(schema, file.schema_arrow, settings.interval > 0, settings.draws, settings.latent)
-    metadata = {
-        "mmimpute.version": mmimpute.__version__,
-        "mmimpute.model": model.digest,
-        "mmimpute.settings": settings_digest(settings),
-        "mmimpute.input": shard.key,
-        "mmimpute.input_etag": shard.etag,
-    }
-    out = out.with_metadata({**(out.metadata or {}), **metadata})
-    _check_ids(file, schema.subject_id, shard.key)
-    clock.read += time.perf_counter() - began
-    generator = torch.Generator(model.module.device).manual_seed(int(key[-40:-25], 16) + settings.seed)
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, out, compression="zstd", write_page_checksum=True) as writer:
-        for batch in _batches(file, shard.key, clock):
-            began = time.perf_counter()
-            records = decode(batch, schema, shard.key)
-            clock.read += time.perf_counter() - began
-            began = time.perf_counter()
-            imputed, latent = predict(model, records, settings, generator)
-            clock.model += time.perf_counter() - began
-            began = time.perf_counter()
-            writer.write_batch(enrich(batch, out, schema, records, imputed, latent))
-            clock.write += time.perf_counter() - began
-            _count(records, status)
-        # The counts travel with the shard: whoever commits it later need not have seen it made.
-        counts = {name: status[name] for name in ("rows", "from_prior", "imputed")}
-        writer.add_key_value_metadata({COUNTS: json.dumps(counts)})
-    return sink.getvalue()
+    """One shard alone; see `ShardImputer.impute`."""
+    (status,) = ShardImputer(model, shards, output, settings).impute([shard])
+    return status
 
 
 def _check_ids(file: pq.ParquetFile, column: str, key: str) -> None:
@@ -103,15 +181,14 @@ def _check_ids(file: pq.ParquetFile, column: str, key: str) -> None:
         raise unreadable(key, error) from None
 
 
-def _batches(file: pq.ParquetFile, key: str, clock: Clock) -> Iterator[pa.RecordBatch]:
-    batches = file.iter_batches(BATCH)
+def _batches(work: Work, rows: int) -> Iterator[pa.RecordBatch]:
+    batches = work.file.iter_batches(rows)
     while True:
-        began = time.perf_counter()
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise unreadable(key, error) from None
-        clock.read += time.perf_counter() - began
+        with work.phase("read"):
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise unreadable(work.shard.key, error) from None
         if batch is None:
             return
         yield batch

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import mmimpute
-from mmimpute import registry
+from mmimpute import metrics, registry
 from mmimpute.cluster import fit as training
 from mmimpute.cluster import generate as generation
 from mmimpute.cluster import ingest, runtime
@@ -18,9 +18,9 @@ from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
 from mmimpute.evaluation import evaluate, most_records
 from mmimpute.generating import SHARD_ROWS
-from mmimpute.imputing import settings_digest
+from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
-from mmimpute.planning import Survey, by_layout, columns_of, survey, survey_for
+from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
@@ -135,42 +135,38 @@ def impute_table(
 ) -> dict:
     """Imputes the shards that have no enriched version under this model and these settings yet.
 
-    Returns {shards, done_before, set_aside, rows, seconds: {read, model, write, all}}; commits nothing.
+    Returns {shards, done_before, rows, retries, seconds: {read, model, write, all}, set_aside, metrics (URL of the record of
+    every shard, None where nothing was to do)}; commits nothing.
     """
     began = time.perf_counter()
-    expected = expected_outputs(found, place, settings)
-    done = expected.keys() & table.published(output).keys()
-    todo = [shard for key, shard in expected.items() if key not in done]
-    found_bad, rows, seconds = {}, 0, {"read": 0.0, "model": 0.0, "write": 0.0}
+    todo = table.outstanding(output, expected_outputs(found, place, settings))
+    found_bad, seconds = {}, dict.fromkeys(PHASES, 0.0)
+    rows, retries, record = 0, 0, metrics.Record()
     if todo:
         with runtime.cluster(cluster):
             for number, status in enumerate(impute_shards(place, found.url, todo, output, settings, cluster), 1):
                 if status["error"]:
                     found_bad[status["shard"]] = status["error"]
-                rows += status["rows"]
-                for phase in seconds:
+                rows, retries = rows + status["rows"], retries + status["tries"] - 1
+                for phase in PHASES:
                     seconds[phase] += status["seconds"][phase]
+                record.add(status)
                 on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
     seconds["all"] = time.perf_counter() - began
-    return {
-        "shards": len(found.shards),
-        "done_before": len(done),
-        "set_aside": found.set_aside | found_bad,
-        "rows": rows,
-        "seconds": seconds,
-    }
+    done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": rows, "retries": retries, "seconds": seconds}
+    written = record.publish(storage.join(output, "_runs"), done | {"model": place, "version": mmimpute.__version__}) if todo else None
+    return done | {"set_aside": found.set_aside | found_bad, "metrics": written}
 
 
 def expected_outputs(found: Survey, place: str, settings: ImputeSettings) -> dict[str, Shard]:
     """Key of the enriched version -> input shard."""
-    name = registry.digest_of(place)
-    return {table.output_key(s, name, settings_digest(settings)): s for s in found.shards}
+    return table.expected(found.shards, registry.digest_of(place), settings_digest(settings))
 
 
 def commit_table(found: Survey, place: str, output: str, settings: ImputeSettings) -> dict:
     """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}."""
     expected = expected_outputs(found, place, settings)
-    wanted = [o for key, o in table.published(output).items() if key in expected]
+    wanted = [o for o in table.published(output) if o.key in expected]
     if not wanted:
         raise UserError(f"{output}: nothing was imputed, so nothing is committed; see the shards set aside")
     lineage = {"version": mmimpute.__version__, "model": place, "shards": found.url, "settings": json.loads(settings.model_dump_json())}
@@ -181,9 +177,9 @@ def commit_table(found: Survey, place: str, output: str, settings: ImputeSetting
 def impute_cohort(
     model: str, shards: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore
 ) -> dict:
-    """Survey, imputation and commit in one: what `mmimpute impute` does."""
+    """Listing, imputation and commit in one: what `mmimpute impute` does. Raises UserError where no shard fits the model."""
     place = registry.locate(model)
-    found = survey_for(shards, registry.describe(place).cohort)
+    found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
     return imputed | {"committed": commit_table(found, place, output, settings)}
 

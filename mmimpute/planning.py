@@ -14,10 +14,12 @@ from mmimpute.data.table import FOOTER_THREADS, digest
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import CohortSpec
 
+FIRST = 50  # shards whose footers show whether a cohort is the model's
+
 
 @dataclass(frozen=True)
 class Survey:
-    """Shards of a cohort. rows: records in the good ones; set_aside: bad shard -> why."""
+    """Shards of a cohort. rows: records in the good ones, 0 where footers were not read; set_aside: bad shard -> why."""
 
     url: str
     schema: CohortSchema
@@ -57,8 +59,21 @@ def survey_for(url: str, schema: CohortSchema) -> Survey:
     return _checked(url, schema, *_footers(url))
 
 
-def _footers(url: str) -> tuple[list[Shard], dict[str, pq.FileMetaData], dict[str, str]]:
+def listed_for(url: str, schema: CohortSchema) -> Survey:
+    """The shards as they are listed: footers are checked where each is read, so that a plan costs a listing and no more.
+
+    Raises UserError where none of the first few shards fits the model: that is another cohort.
+    """
     shards = list_shards(url)
+    _checked(url, schema, *_read_footers(url, shards[:FIRST]))
+    return Survey(url, schema, shards, 0, {})
+
+
+def _footers(url: str) -> tuple[list[Shard], dict[str, pq.FileMetaData], dict[str, str]]:
+    return _read_footers(url, list_shards(url))
+
+
+def _read_footers(url: str, shards: list[Shard]) -> tuple[list[Shard], dict[str, pq.FileMetaData], dict[str, str]]:
     footers, errors = {}, {}
 
     def read(shard: Shard) -> None:

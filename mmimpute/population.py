@@ -12,7 +12,7 @@ import mmimpute
 from mmimpute import jobs, planning, registry
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
-from mmimpute.data.table import digest, published, table_state
+from mmimpute.data.table import digest, outstanding, table_state
 from mmimpute.errors import SetAside
 from mmimpute.jobs import Progress, ignore
 from mmimpute.planning import Survey
@@ -34,12 +34,11 @@ def plan(config: RunConfig) -> Record:
     name = f"plan-{digest(found.fingerprint, config.model_dump_json())}.parquet"
     publish_table(_runs(config), name, planning.to_table(found))
     champion = jobs.standing_champion(config.model, jobs.fingerprint(found, config.fit))
-    done = 0
+    new = len(found.shards)
     if champion:
-        expected = jobs.expected_outputs(found, registry.locate(config.model), config.impute)
-        done = len(expected.keys() & published(config.output).keys())
+        new = len(outstanding(config.output, jobs.expected_outputs(found, registry.locate(config.model), config.impute)))
     total = len(found.shards) + len(found.set_aside)
-    return {"plan": name, "shards": total, "rows": found.rows, "new": len(found.shards) - done, "set_aside": found.set_aside}
+    return {"plan": name, "shards": total, "rows": found.rows, "new": new, "set_aside": found.set_aside}
 
 
 def read_plan(config: RunConfig, name: str) -> Survey:

@@ -19,6 +19,7 @@ LAYERS = [
         "mmimpute.training",
         "mmimpute.stacking",
         "mmimpute.imputing",
+        "mmimpute.metrics",
         "mmimpute.generating",
         "mmimpute.simulating",
         "mmimpute.evaluation",

@@ -19,9 +19,9 @@ Chosen = Callable[[np.ndarray], np.ndarray]
 MOST_BLOCKS = 2_000  # of a dataset of shards: enough to balance the work, few enough for the driver
 
 
-def shard_dataset(shards: list[Shard]) -> Dataset:
-    """One shard = one row."""
-    per_block = max(1, -(-len(shards) // MOST_BLOCKS))
+def shard_dataset(shards: list[Shard], together: int = 1) -> Dataset:
+    """One shard = one row; `together`: shards of a block, which is one task's."""
+    per_block = max(together, -(-len(shards) // MOST_BLOCKS))
     groups = [shards[i : i + per_block] for i in range(0, len(shards), per_block)]
     return ray.data.from_arrow([pa.table(dict(zip(Shard._fields, map(list, zip(*g, strict=True)), strict=True))) for g in groups])
 
@@ -104,11 +104,11 @@ def take(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Iterator[dict]:
-    """Runs a shard worker over a dataset of shards and yields the status of each, as they finish."""
+    """Runs a worker over the blocks of a dataset and yields the statuses that it makes of them, as they finish."""
     mapped = dataset.map_batches(
         worker,
         fn_constructor_kwargs=arguments,
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
         num_cpus=0 if gpus else 1,

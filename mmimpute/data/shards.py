@@ -1,6 +1,8 @@
 """Shards of a cohort: found by listing, read whole, checked against the schema."""
 
+import errno
 import io
+import tempfile
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -12,6 +14,8 @@ from mmimpute.data.schema import CohortSchema, check_columns, is_list, storage_t
 from mmimpute.errors import DataError, UserError
 
 FOOTER_GUESS = 64 * 1024
+IN_MEMORY = 64 << 20  # bytes of a shard that is held in memory; a larger one goes through the temp folder
+BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 class Shard(NamedTuple):
@@ -31,14 +35,31 @@ def list_shards(url: str) -> list[Shard]:
 
 
 def open_shard(url: str, shard: Shard) -> pq.ParquetFile:
-    """The whole object in memory. Raises DataError where it is gone, not Parquet, or cut off."""
+    """The whole object, in memory or, a large one, in a nameless temporary file, of which readers hold a page at a time.
+
+    Raises DataError where it is gone, not Parquet, cut off, or another than was listed.
+    """
     try:
+        source, etag = _fetch(url, shard)
         # Bits that flipped are found where the writer left page checksums; we always do.
-        return pq.ParquetFile(pa.BufferReader(storage.read(url, shard.key)), page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True, buffer_size=BUFFER, pre_buffer=False)
     except FileNotFoundError:
         raise DataError(shard.key, None, "no such object", "the shard that was listed", "run again") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(shard.key, error) from None
+    if etag != shard.etag:
+        raise DataError(shard.key, None, "another version of the object", "the shard that was listed", "run again")
+    return file
+
+
+def _fetch(url: str, shard: Shard) -> tuple[pa.NativeFile, str]:
+    if shard.size <= IN_MEMORY:
+        content, etag = storage.read_version(url, shard.key)
+        return pa.BufferReader(content), etag
+    with tempfile.TemporaryFile() as file:
+        etag = storage.download(url, shard.key, file)
+        file.flush()
+        return pa.OSFile(f"/proc/self/fd/{file.fileno()}"), etag  # opened anew: it lives on when `file` is closed
 
 
 def publish_table(url: str, key: str, table: pa.Table) -> None:
@@ -54,6 +75,11 @@ def fetch_table(url: str, key: str) -> pa.Table:
 
 
 def unreadable(key: str, error: Exception) -> DataError:
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        folder = tempfile.gettempdir()
+        return DataError(
+            key, None, f"no space left in {folder}", "room for the largest shards", "free space there, or set TMPDIR; run again"
+        )
     # Arrow's messages name byte positions and encodings, not values.
     return DataError(key, None, f"no readable Parquet file ({str(error)[:120]})", "a whole Parquet file", "upload it again")
 

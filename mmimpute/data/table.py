@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -60,14 +60,29 @@ def source_of(key: str) -> str:
     return key.rsplit("-", 1)[0]
 
 
-def published(url: str) -> dict[str, Shard]:
-    """Every enriched object under the table's URL, committed or not, by key."""
-    try:
-        return {o.key: Shard(*o) for o in storage.list_objects(url, ".parquet")}
-    except storage.UserError:
-        if storage.is_s3(url):
-            raise
-        return {}  # a local folder that the first shard will make
+def published(url: str) -> Iterator[Shard]:
+    """Every enriched object under the table's URL, committed or not."""
+    if storage.is_s3(url) or storage.local_path(url).exists():  # a local folder is made by the first shard
+        yield from (Shard(*o) for o in storage.objects(url, ".parquet"))
+
+
+def expected(shards: Iterable[Shard], model_digest: str, settings_digest: str) -> dict[str, Shard]:
+    """Key of the enriched version -> input shard."""
+    return {output_key(shard, model_digest, settings_digest): shard for shard in shards}
+
+
+def outstanding(url: str, wanted: dict[str, Shard]) -> list[Shard]:
+    """The input shards of `wanted` whose enriched version is not published."""
+    todo = dict(wanted)
+    for done in published(url):
+        todo.pop(done.key, None)
+    return list(todo.values())
+
+
+def published_counts(url: str, key: str) -> dict | None:
+    """Rows and imputed values of an enriched shard, as it says itself; None where it is not published."""
+    size = storage.size(url, key)
+    return None if size is None else json.loads(read_footer(url, Shard(key, "", size)).metadata[COUNTS.encode()])
 
 
 def table_state(url: str) -> TableState:
