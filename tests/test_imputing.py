@@ -1,5 +1,6 @@
 """One shard through the model: the output contract, and every way in which a shard can be bad."""
 
+import errno
 import io
 import json
 
@@ -9,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmimpute import imputing, registry
+from mmimpute.data import shards as shard_files
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import COUNTS
-from mmimpute.imputing import impute_shard
+from mmimpute.imputing import TRIES, ShardImputer, impute_shard
 from mmimpute.spec import ImputeSettings
 from tests.conftest import linear_cohort
 
@@ -156,3 +158,90 @@ def test_unreadable_shards_are_set_aside(spoil, model, tmp_path):
     status = impute_shard(model, shards, shard, output, ImputeSettings())
     assert "no readable Parquet file" in status["error"]
     assert not (tmp_path / "out").exists()
+
+
+def several(model, tmp_path, begin=lambda key: 0, **settings) -> list[dict]:
+    shards, output = str(tmp_path / "shards"), str(tmp_path / "out")
+    for number in range(3):
+        if not (tmp_path / "shards" / f"{number}.parquet").exists():
+            publish_table(shards, f"{number}.parquet", linear_cohort(40, seed=number))
+    return list(ShardImputer(model, shards, output, ImputeSettings(**settings)).impute(list_shards(shards), begin))
+
+
+def test_shards_in_a_row_are_what_they_are_alone(model, tmp_path):
+    together = several(model, tmp_path, draws=2)
+    assert [s["shard"] for s in together] == ["0.parquet", "1.parquet", "2.parquet"]
+    published = [storage.read(str(tmp_path / "out"), s["output"]) for s in together]
+    for shard, content in zip(list_shards(str(tmp_path / "shards")), published, strict=True):
+        status = impute_shard(model, str(tmp_path / "shards"), shard, str(tmp_path / "alone"), ImputeSettings(draws=2))
+        assert storage.read(str(tmp_path / "alone"), status["output"]) == content
+
+
+def test_a_large_shard_goes_through_the_temp_folder_and_comes_out_the_same(model, tmp_path, monkeypatch):
+    small = several(model, tmp_path)
+    before = [storage.read(str(tmp_path / "out"), s["output"]) for s in small]
+    monkeypatch.setattr(shard_files, "IN_MEMORY", 0)
+    monkeypatch.setattr(imputing, "IN_MEMORY", 1)
+    assert [{**s, "seconds": 0} for s in several(model, tmp_path)] == [{**s, "seconds": 0} for s in small]
+    assert [storage.read(str(tmp_path / "out"), s["output"]) for s in small] == before
+
+
+def test_a_full_temp_folder_is_told_and_does_not_stop_the_others(model, tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def __init__(self, limit):
+            super().__init__()
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(imputing.tempfile, "SpooledTemporaryFile", Full)
+    full = several(model, tmp_path)
+    assert all("no space left in" in s["error"] and "TMPDIR" in s["error"] for s in full)
+    monkeypatch.undo()
+    assert not any(s["error"] for s in several(model, tmp_path))
+
+
+def test_a_shard_that_was_replaced_since_it_was_listed_is_set_aside(model, tmp_path):
+    publish_table(str(tmp_path / "shards"), "part.parquet", linear_cohort(40))
+    (listed,) = list_shards(str(tmp_path / "shards"))
+    publish_table(str(tmp_path / "shards"), "part.parquet", linear_cohort(50))
+    status = impute_shard(model, str(tmp_path / "shards"), listed, str(tmp_path / "out"), DEFAULTS)
+    assert "another version of the object" in status["error"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("deaths", [1, TRIES])
+def test_what_an_earlier_try_published_is_not_done_again(deaths, model, tmp_path):
+    first = several(model, tmp_path)
+    again = several(model, tmp_path, begin=lambda key: deaths)
+    for before, after in zip(first, again, strict=True):
+        assert after["tries"] == 1 + deaths and after["seconds"]["model"] == 0
+        assert {**before, "tries": 0, "seconds": 0} == {**after, "tries": 0, "seconds": 0}
+
+
+def test_a_shard_over_which_workers_died_is_given_up_and_the_others_get_through(model, tmp_path):
+    for deaths in range(1, TRIES + 1):
+        folder = tmp_path / str(deaths)
+        poisoned, *others = several(model, folder, begin=lambda key, deaths=deaths: deaths * key.startswith("0-"))
+        assert not any(s["error"] for s in others)
+        assert (poisoned["error"] is None) == (deaths < TRIES)
+    assert "its worker died 3 times" in poisoned["error"]
+
+
+def test_the_last_shard_is_published_before_one_that_may_kill_the_worker(model, tmp_path):
+    seen = []
+
+    def begin(key: str) -> int:
+        seen.append(key)
+        return int(key.startswith("1-"))
+
+    compute = ShardImputer._compute
+
+    def dies(self, work, deaths):
+        if work.shard.key == "1.parquet":
+            assert (tmp_path / "out" / seen[0]).exists()
+            raise KeyboardInterrupt
+        compute(self, work, deaths)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardImputer, "_compute", dies)
+        several(model, tmp_path, begin)
