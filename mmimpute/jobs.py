@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import mmimpute
 from mmimpute import metrics, registry
-from mmimpute.cluster import fit as training
-from mmimpute.cluster import generate as generation
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
 from mmimpute.data import profile, storage, table
@@ -16,7 +14,6 @@ from mmimpute.data.shards import Shard
 from mmimpute.data.split import fold, members_for
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
-from mmimpute.evaluation import evaluate, most_records
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
@@ -72,6 +69,8 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
 
     Returns {digest, model (its URL), trained, set_aside, seconds}.
     """
+    from mmimpute.cluster import fit as training  # a second of imports that only this job needs; so below
+
     began = time.perf_counter()
     fitted_on = fingerprint(found, settings)
     name = standing_champion(home, fitted_on)
@@ -119,6 +118,8 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
 
     Raises UserError where no subject is in a fold.
     """
+    from mmimpute.evaluation import evaluate, most_records
+
     model = registry.load(place)
     with runtime.cluster(cluster):
         bad = registry.read_record(place, "set_aside") or {}
@@ -186,11 +187,13 @@ def impute_cohort(
 
 def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
     """Writes n synthetic records as shards. Returns {shards, rows}."""
+    from mmimpute.cluster.generate import generate_shards
+
     place = registry.locate(model)
     sizes = [min(SHARD_ROWS, n - start) for start in range(0, n, SHARD_ROWS)]
     rows = 0
     with runtime.cluster(cluster):
-        for number, status in enumerate(generation.generate_shards(place, output, sizes, seed, cluster), 1):
+        for number, status in enumerate(generate_shards(place, output, sizes, seed, cluster), 1):
             rows += status["rows"]
             on_shard({"generated": number, "of": len(sizes), "rows": rows})
     return {"shards": len(sizes), "rows": rows}
