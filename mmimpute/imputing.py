@@ -21,7 +21,7 @@ import torch
 import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, flat
-from mmimpute.data.schema import check_columns
+from mmimpute.data.schema import check_columns, is_list, storage_type
 from mmimpute.data.shards import IN_MEMORY, Shard, open_shard, unreadable
 from mmimpute.data.table import COUNTS, digest, output_key, published_counts
 from mmimpute.data.tensors import to_model
@@ -142,7 +142,9 @@ class ShardImputer:
     def _write(self, work: Work, sink: IO[bytes], out: pa.Schema) -> None:
         schema, settings, key = self.model.schema, self.settings, work.shard.key
         generator = torch.Generator(self.model.module.device).manual_seed(int(work.key[-40:-25], 16) + settings.seed)
-        with pq.ParquetWriter(sink, out, compression="zstd", write_page_checksum=True) as writer:
+        # A dictionary of floats is built only to be thrown away: 1.6 s for 300 MB of them, 0.9 s without.
+        worded = [f.name for f in out if not is_list(storage_type(f.type)) and not pa.types.is_floating(f.type)]
+        with pq.ParquetWriter(sink, out, compression="zstd", use_dictionary=worded, write_page_checksum=True) as writer:
             for batch in _batches(work, min(BATCH, max(1, BATCH_VALUES // schema.width))):
                 with work.phase("read"):
                     records = decode(batch, schema, key)
