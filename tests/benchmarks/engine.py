@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One run; None of no unit. Field -> how it is printed: see METRICS."""
+    """One run; METRICS says what the fields are."""
 
     steady_rows: float
     steady_cpu: float
@@ -59,6 +59,7 @@ class Measured(NamedTuple):
     first: float
     memory: float
     driver: float
+    watching: float
 
 
 METRICS = {
@@ -70,6 +71,7 @@ METRICS = {
     "first": "seconds to the first published shard",
     "memory": "peak memory, MiB (proportional shares)",
     "driver": "peak resident memory of the first process, MiB",
+    "watching": "CPU seconds that watching took beside it",
 }
 
 # -- the paths, each run in a process of its own ------------------------------------------------------------------
@@ -167,6 +169,7 @@ def numbers(lists: pa.FixedSizeListArray) -> np.ndarray:
 def measure(name: str, job: Job) -> Measured:
     """One run into an empty folder, watched. When a shard was published is the time of its file."""
     shutil.rmtree(job.output, ignore_errors=True)
+    os.sync()  # or this run would share the disk with what the last one left to be written
     env = os.environ | {"OMP_NUM_THREADS": str(job.threads)}  # what torch and Arrow take their number of threads from
     watched = watch([sys.executable, __file__, "--measure", name, json.dumps(job)], env)
     published = sorted(p.stat().st_mtime for p in outputs(job))
@@ -191,6 +194,7 @@ def measured(watched: Watched, published: list[float], job: Job) -> Measured:
         first=published[0] - watched.began,
         memory=watched.peak_memory / 2**20,
         driver=watched.peak_root / 2**20,
+        watching=watched.watching,
     )
 
 
