@@ -3,8 +3,8 @@
     python tests/benchmarks/plan.py [--shards 1000000] [--done 0.9]
 
 Two listings are made up, of input shards (`year=2024/part-000123.parquet`, with ETags) and of enriched ones, of which a share is
-there already. Prints the seconds that it takes to find what is left, and the peak memory of this process, which holds nothing but
-what a driver imports and the listings, beside the targets. Not in it: the requests that a real listing takes (a thousand keys
+there already. Prints the seconds that it takes to find what is left, and the peak memory of this process, which holds what a driver
+imports, the input's listing and the plan, beside the targets. Not in it: the requests that a real listing takes (a thousand keys
 each), the shards' footers, and handing out the work.
 """
 
@@ -12,8 +12,10 @@ import argparse
 import resource
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 from mmimpute import jobs  # noqa: F401  what a driver has imported counts
+from mmimpute.data import table
 from mmimpute.data.shards import Shard
 from mmimpute.data.table import digest, output_key
 from mmimpute.imputing import settings_digest
@@ -23,11 +25,10 @@ MODEL, SETTINGS = digest("some model"), settings_digest(ImputeSettings())
 TARGET_SECONDS, TARGET_MIB = 60, 1000
 
 
-def left_to_do(shards: list[Shard], published: dict[str, Shard]) -> list[Shard]:
-    """What `jobs.impute_table` computes. The one place to change where that does."""
-    expected = {output_key(s, MODEL, SETTINGS): s for s in shards}
-    done = expected.keys() & published.keys()
-    return [s for key, s in expected.items() if key not in done]
+def left_to_do(shards: list[Shard], published: Iterator[Shard]) -> list[Shard]:
+    """What `jobs.impute_table` computes, with this listing of the output."""
+    with mock.patch.object(table, "published", lambda url: published):
+        return table.outstanding("somewhere", table.expected(shards, MODEL, SETTINGS))
 
 
 def listed(count: int) -> Iterator[Shard]:
@@ -47,14 +48,15 @@ def main() -> None:
     given = parser.parse_args()
     imported = peak()
     shards = list(listed(given.shards))
-    done = (Shard(output_key(s, MODEL, SETTINGS), s.etag, 3 * s.size) for s in shards[: int(given.done * given.shards)])
-    published = {o.key: o for o in done}
+    done = int(given.done * given.shards)
     before, began = peak(), time.perf_counter()
-    left = left_to_do(shards, published)
+    left = left_to_do(shards, (Shard(output_key(s, MODEL, SETTINGS), s.etag, 3 * s.size) for s in shards[:done]))
     seconds = time.perf_counter() - began
-    print(f"{len(shards):,} shards, {len(published):,} done before, {len(left):,} left to do")
+    print(f"{len(shards):,} shards, {done:,} done before, {len(left):,} left to do")
     print(f"  {seconds:.2f} s (target {TARGET_SECONDS} s)")
-    print(f"  peak memory {peak():,.0f} MiB (target {TARGET_MIB:,}): imports {imported:,.0f}, the listings {before - imported:,.0f} more,")
+    print(
+        f"  peak memory {peak():,.0f} MiB (target {TARGET_MIB:,}): imports {imported:,.0f}, the input's listing {before - imported:,.0f} more,"
+    )
     print(f"  the plan {peak() - before:,.0f} more")
 
 
