@@ -56,7 +56,11 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and objective. The defaults were chosen out of fold on three cohorts (see objective.py)."""
+    """Sizes and objective. The defaults were chosen out of fold on three cohorts (see objective.py).
+
+    pattern, on the simulated population of 6,000 (`tests/benchmarks/pattern.py`): R2 of what is missing .427 with and without it where
+    that is at random, .384 with it and .385 without where it is not; an oracle gains .003 from it (.528 -> .531).
+    """
 
     modalities: tuple[ModalityConfig, ...]
     members: int = 1  # trained side by side, each without its own fold of the subjects
