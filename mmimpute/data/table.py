@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Field, Schema
-from deltalake.exceptions import TableNotFoundError
+from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookProperties, Schema
+from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from mmimpute.data import storage
@@ -51,12 +51,17 @@ def digest(*parts: str) -> str:
 
 def output_key(shard: Shard, model_digest: str, settings_digest: str) -> str:
     """`<readable name>-<digest of the input's key>-<digest of all that the content depends on>.parquet`."""
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", shard.key.removesuffix(".parquet")).lstrip("._")[-80:]
-    return f"{stem}-{digest(shard.key)[:8]}-{digest(shard.key, shard.etag, model_digest, settings_digest)}.parquet"
+    return f"{source(shard.key)}-{digest(shard.key, shard.etag, model_digest, settings_digest)}.parquet"
+
+
+def source(shard: str) -> str:
+    """The part of an output's key that is the same for every version of its input shard, from the shard's key."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", shard.removesuffix(".parquet")).lstrip("._")[-80:]
+    return f"{stem}-{digest(shard)[:8]}"
 
 
 def source_of(key: str) -> str:
-    """The part of an output's key that is the same for every version of its input shard."""
+    """The same, from an output's key."""
     return key.rsplit("-", 1)[0]
 
 
@@ -86,44 +91,71 @@ def published_counts(url: str, key: str) -> dict | None:
 
 
 def table_state(url: str) -> TableState:
-    table = _open(url)
+    return _state(_open(url))
+
+
+def _state(table: DeltaTable | None) -> TableState:
     if table is None:
         return TableState(None, frozenset())
     return TableState(table.version(), frozenset(pa.table(table.get_add_actions())["path"].to_pylist()))
 
 
-def commit(url: str, wanted: Iterable[Shard], lineage: dict) -> Commit:
+def commit(url: str, wanted: Iterable[Shard], lineage: dict, gone: Collection[str] = ()) -> Commit:
     """Makes exactly these objects the enriched versions of their input shards, in one commit.
 
-    wanted: published objects of this run. Objects of other input shards stay. Nothing is committed where the table
-    holds all of them already.
+    wanted: published objects of this run. gone: sources (see `source`) whose objects leave the table. Objects of other
+    input shards stay. Nothing is committed where the table holds all of them already. Where another run commits at the
+    same moment one of the two wins, and the other looks again at what is left to do.
+    Raises DeltaError where a commit fails for another reason.
     """
-    wanted = {o.key: o for o in wanted}
-    table, (version, current) = _open(url), table_state(url)
-    added = [o for key, o in wanted.items() if key not in current]
-    sources = {source_of(key) for key in wanted}
-    removed = [key for key in current if key not in wanted and source_of(key) in sources]
+    objects = {o.key: o for o in wanted}
+    while True:
+        table = _open(url)
+        state = _state(table)
+        try:
+            return _commit_onto(table, state, url, objects, lineage, gone)
+        except DeltaError:
+            if table_state(url).version == state.version:
+                raise  # nobody was faster: another try would fail as well
+
+
+def _commit_onto(
+    table: DeltaTable | None, state: TableState, url: str, wanted: dict[str, Shard], lineage: dict, gone: Collection[str]
+) -> Commit:
+    """A commit that is the next one after `state`, or fails."""
+    added = [o for key, o in wanted.items() if key not in state.keys]
+    replaced = {source_of(key) for key in wanted}.union(gone)
+    removed = [key for key in state.keys if key not in wanted and source_of(key) in replaced]
     if not added and not removed:
-        return Commit(version, 0, 0, {})
+        return Commit(state.version, 0, 0, {})
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda o: read_footer(url, o), added))
-    properties = CommitProperties(custom_metadata={"mmimpute": json.dumps(lineage)})
-    if table is None:
-        table = _create(url, footers)
-    elif new := _new_fields(table, footers):
-        table.alter.add_columns(new)
     now = int(time.time() * 1000)
     actions = [AddAction(o.key, o.size, {}, now, True, json.dumps({"numRecords": f.num_rows})) for o, f in zip(added, footers, strict=True)]
     actions += [RemoveAction(key, True, now) for key in removed]
-    table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
-    return Commit(table_state(url).version, len(added), len(removed), add_counts(footers))
+    version = _write(table, url, actions, footers, _properties(mmimpute=json.dumps(lineage)))
+    return Commit(version, len(added), len(removed), add_counts(footers))
 
 
-def _create(url: str, footers: list[pq.FileMetaData]) -> DeltaTable:
-    """An empty table; where another run makes it at the same moment, that one."""
-    place, options = storage.normalise(url), storage.delta_options(url)
-    create_table_with_add_actions(place, delta_schema(_union(footers)), [], mode="ignore", storage_options=options)
-    return DeltaTable(place, storage_options=options)
+def _properties(**metadata: str) -> dict:
+    """Of every commit: deltalake neither rebases it onto a later version, which would add a path twice, nor forgets old versions."""
+    return {
+        "commit_properties": CommitProperties(custom_metadata=metadata, max_commit_retries=0),
+        "post_commithook_properties": PostCommitHookProperties(cleanup_expired_logs=False),
+    }
+
+
+def _write(table: DeltaTable | None, url: str, actions: list, footers: list[pq.FileMetaData], properties: dict) -> int:
+    """Returns the version that it made. Raises DeltaError where that is there already."""
+    if table is None:
+        place, options = storage.normalise(url), storage.delta_options(url)
+        create_table_with_add_actions(place, delta_schema(_union(footers)), actions, mode="error", storage_options=options, **properties)
+        return 0
+    if new := _new_fields(table, footers):
+        table.alter.add_columns(new, **_properties())
+    version = table.version()
+    table.create_write_transaction(actions, mode="append", schema=table.schema(), **properties)
+    return version + 1
 
 
 def _union(footers: list[pq.FileMetaData]) -> pa.Schema:

@@ -1,12 +1,17 @@
 """The enriched table: keys that follow from the input, commits that are atomic and repeatable."""
 
 import json
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import duckdb
 import polars
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from mmimpute.data import storage, table
 from mmimpute.data.shards import Shard, publish_table
@@ -19,9 +24,23 @@ def put(url: str, name: str, etag: str, rows: pa.Table, model: str = "m") -> str
     return key
 
 
-def commit(url: str, *keys: str) -> table.Commit:
+def commit(url: str, *keys: str, gone: tuple[str, ...] = ()) -> table.Commit:
     published = {o.key: o for o in table.published(url)}
-    return table.commit(url, [published[k] for k in keys], {"model": "m"})
+    return table.commit(url, [published[k] for k in keys], {"model": "m"}, gone)
+
+
+def at_version(url: str, version: int) -> DeltaTable:
+    return DeltaTable(storage.normalise(url), version=version, storage_options=storage.delta_options(url))
+
+
+def log_of(url: str) -> list[list[dict]]:
+    """The actions of every commit, in order."""
+    log = storage.join(url, "_delta_log")
+    return [[json.loads(line) for line in storage.read(log, o.key).splitlines()] for o in storage.list_objects(log, ".json")]
+
+
+def paths(log: list[list[dict]], kind: str) -> list[str]:
+    return [action[kind]["path"] for actions in log for action in actions if kind in action]
 
 
 ROWS = pa.table({"subject_id": [1, 2], "x": pa.array([[1.0, 2.0], None], pa.list_(pa.float32())), "u": pa.array([1, 200], pa.uint8())})
@@ -61,8 +80,85 @@ def test_commit_is_repeatable_and_replaces(place):
     second = commit(place, newer)
     assert (second.added, second.removed) == (1, 1)
     assert table.table_state(place).keys == {keys[0], newer}
-    earlier = DeltaTable(storage.normalise(place), version=first.version, storage_options=storage.delta_options(place))
-    assert {u.rsplit("/", 1)[-1] for u in earlier.file_uris()} == set(keys)
+    assert {u.rsplit("/", 1)[-1] for u in at_version(place, first.version).file_uris()} == set(keys)
+    assert at_version(place, first.version).to_pyarrow_dataset().to_table().sort_by("subject_id")["u"].to_pylist() == [1, 1, 200, 200]
+    assert at_version(place, second.version).to_pyarrow_dataset().to_table()["more"].null_count == 3
+
+
+def test_pruning_takes_only_the_sources_that_are_gone(place):
+    a, b, c = (put(place, f"{n}.parquet", "1", ROWS) for n in "abc")
+    commit(place, a, b, c)
+    newer = put(place, "a.parquet", "2", ROWS)
+    done = commit(place, newer, gone=(table.source("b.parquet"), table.source("never.parquet")))
+    assert (done.added, done.removed) == (1, 2) and table.table_state(place).keys == {newer, c}
+    done = commit(place, newer, gone=(table.source("c.parquet"),))
+    assert (done.added, done.removed) == (0, 1) and table.table_state(place).keys == {newer}
+    assert commit(place, newer, gone=(table.source("c.parquet"),)) == (done.version, 0, 0, {})
+
+
+def check_history(url: str, done: list[table.Commit], wanted: set[str], replaced: set[str]) -> None:
+    """Every path was added once, and removed once where it was replaced; one of the twins says that it did it."""
+    log = log_of(url)
+    assert Counter(paths(log, "add")) == Counter(wanted | replaced)
+    assert Counter(paths(log, "remove")) == Counter(replaced)
+    assert table.table_state(url).keys == wanted
+    assert sum(d.added for d in done) == len(wanted) and sum(d.removed for d in done) == len(replaced)
+
+
+@pytest.mark.parametrize("round", range(5))
+def test_twins_that_commit_at_once_do_no_harm(round, place):
+    twins, names = 6, ("a.parquet", "b.parquet")
+    wider = ROWS.append_column("more", pa.array([1.5, None]))  # the second commit widens the table
+    with ThreadPoolExecutor(twins) as pool:
+        first = {put(place, n, "1", ROWS) for n in names}
+        check_history(place, list(pool.map(lambda _: commit(place, *first), range(twins))), first, set())
+        second = {put(place, n, "2", wider) for n in names}
+        done = list(pool.map(lambda _: commit(place, *second), range(twins)))
+    assert [d.added for d in done].count(2) == 1
+    assert sum(d.counts.get("rows", 0) for d in done) == 4
+    log = log_of(place)
+    assert Counter(paths(log, "add")) == Counter(first | second) and Counter(paths(log, "remove")) == Counter(first)
+    assert sum("metaData" in action for actions in log for action in actions) == 2
+
+
+def test_runs_over_different_shards_that_commit_at_once_are_all_in_the_table(place):
+    keys = [put(place, f"{n}.parquet", "1", ROWS) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda k: commit(place, k), keys))
+    check_history(place, done, set(keys), set())
+    assert sorted(d.version for d in done) == list(range(8))
+
+
+def test_processes_that_commit_at_once_do_no_harm(place):
+    with ProcessPoolExecutor(3, get_context("spawn")) as pool:
+        keys: set[str] = set()
+        for etag in "123":
+            replaced, keys = keys, {put(place, n, etag, ROWS) for n in ("a.parquet", "b.parquet")}
+            done = list(pool.map(commit, [place] * 3, *([key] * 3 for key in keys)))
+            assert sorted(d.added for d in done) == [0, 0, 2] and sum(d.removed for d in done) == len(replaced)
+    assert all(n == 1 for n in Counter(paths(log_of(place), "add")).values()) and table.table_state(place).keys == keys
+
+
+def test_a_commit_that_fails_for_another_reason_is_no_endless_loop(tmp_path, monkeypatch):
+    place = str(tmp_path / "table")
+    commit(place, put(place, "a.parquet", "1", ROWS))
+    monkeypatch.setattr(table, "_write", fails)
+    with pytest.raises(DeltaError, match="no space left"):
+        commit(place, put(place, "b.parquet", "1", ROWS))
+
+
+def fails(*_):
+    raise DeltaError("no space left")
+
+
+def test_checkpoints_forget_no_version(tmp_path):
+    place = str(tmp_path / "table")
+    for etag in map(str, range(102)):
+        commit(place, put(place, "a.parquet", etag, ROWS))
+        for entry in (tmp_path / "table" / "_delta_log").iterdir():
+            os.utime(entry, (1e9, 1e9))  # long past the log's retention
+    assert list((tmp_path / "table" / "_delta_log").glob("*.checkpoint.parquet"))
+    assert at_version(place, 3).to_pyarrow_dataset().to_table()["u"].to_pylist() == [1, 200]
 
 
 def test_readers_of_the_field_read_it(tmp_path):
