@@ -1,5 +1,6 @@
 """The command line: it parses, calls one job, and shows what came of it."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -120,6 +121,7 @@ def impute(
     draws: Annotated[int, typer.Option(help="also write this many joint draws of what is missing")] = 0,
     latent: Annotated[bool, typer.Option(help="also write z0, the shared latent mean")] = False,
     seed: int = 0,
+    prune: Annotated[bool, typer.Option("--prune", help="what was made from inputs that are gone leaves the table")] = False,
     actors: Annotated[int, typer.Option(help="imputing actors; 0 = one per CPU")] = 0,
     gpus_per_actor: float = 0,
     address: Address = None,
@@ -132,14 +134,31 @@ def impute(
 
     settings = validated(ImputeSettings, {"interval": interval, "draws": draws, "latent": latent, "seed": seed}, "impute")
     cluster = ClusterSettings(address=address, actors=actors, gpus_per_actor=gpus_per_actor)
-    done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"))
+    done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"), prune)
     committed = done["committed"]
     console.print(
         f"{done['rows']:,} records imputed in {done['seconds']['all']:.0f} s "
         f"({done['done_before']} of {done['shards']} shards were done before); "
-        f"table version {committed['version']}: {escape(output)}"
+        f"table version {committed['version']}, {committed['added']} objects added and {committed['removed']} removed: {escape(output)}"
     )
     _finish(done["set_aside"])
+
+
+@app.command()
+def vacuum(
+    output: Annotated[str, typer.Argument(help="URL of the table, as given to `mmimpute impute --output`")],
+    older_than: Annotated[float, typer.Option(min=0, help="hours; must be longer than a run that may still commit what it wrote")] = 168,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much there is")] = False,
+) -> None:
+    """Remove enriched objects that no version of the table refers to: what runs left that died before their commit.
+
+    Example: mmimpute vacuum s3://bucket/enriched/ --dry-run
+    """
+    from mmimpute.data import table
+
+    found = table.vacuum(output, timedelta(hours=older_than), dry_run)
+    what = "would be removed" if dry_run else "removed"
+    console.print(f"{len(found):,} objects, {sum(o.size for o in found) / 1e6:,.1f} MB, {what}: {escape(output)}")
 
 
 @app.command()

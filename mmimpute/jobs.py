@@ -10,7 +10,7 @@ from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
 from mmimpute.data import profile, storage, table
 from mmimpute.data.schema import CohortSchema
-from mmimpute.data.shards import Shard
+from mmimpute.data.shards import Shard, list_shards
 from mmimpute.data.split import fold, members_for
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
@@ -164,25 +164,41 @@ def expected_outputs(found: Survey, place: str, settings: ImputeSettings) -> dic
     return table.expected(found.shards, registry.digest_of(place), settings_digest(settings))
 
 
-def commit_table(found: Survey, place: str, output: str, settings: ImputeSettings) -> dict:
-    """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}."""
+def commit_table(found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False) -> dict:
+    """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}.
+
+    prune: what was made from inputs that are no longer listed leaves the table.
+    """
     expected = expected_outputs(found, place, settings)
     wanted = [o for o in table.published(output) if o.key in expected]
     if not wanted:
         raise UserError(f"{output}: nothing was imputed, so nothing is committed; see the shards set aside")
     lineage = {"version": mmimpute.__version__, "model": place, "shards": found.url, "settings": json.loads(settings.model_dump_json())}
-    done = table.commit(output, wanted, lineage)
+    done = table.commit(output, wanted, lineage, _gone(found.url, output) if prune else ())
     return {"table": output, **done._asdict()}
 
 
+def _gone(shards: str, output: str) -> set[str]:
+    """Sources of the table whose input is no longer listed."""
+    # The table first: an input that another run has committed by then is in the listing.
+    sources = {table.source_of(key) for key in table.table_state(output).keys}
+    return sources - {table.source(s.key) for s in list_shards(shards)}
+
+
 def impute_cohort(
-    model: str, shards: str, output: str, settings: ImputeSettings, cluster: ClusterSettings, on_shard: Progress = ignore
+    model: str,
+    shards: str,
+    output: str,
+    settings: ImputeSettings,
+    cluster: ClusterSettings,
+    on_shard: Progress = ignore,
+    prune: bool = False,
 ) -> dict:
     """Listing, imputation and commit in one: what `mmimpute impute` does. Raises UserError where no shard fits the model."""
     place = registry.locate(model)
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
-    return imputed | {"committed": commit_table(found, place, output, settings)}
+    return imputed | {"committed": commit_table(found, place, output, settings, prune)}
 
 
 def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

@@ -66,7 +66,7 @@ def impute(config: RunConfig, plan_name: str, model: str, on_progress: Progress 
 
 def commit(config: RunConfig, plan_name: str, model: str) -> Record:
     """Makes the enriched shards the table's next version. Returns what `jobs.commit_table` does."""
-    return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute)
+    return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute, config.prune)
 
 
 def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:

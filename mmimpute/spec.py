@@ -101,6 +101,7 @@ class RunConfig(_Settings):
     shards: str
     model: str
     output: str
+    prune: bool = Field(False, description="what was made from inputs that are gone leaves the table")
     fit: FitSettings = FitSettings()
     impute: ImputeSettings = ImputeSettings()
     cluster: ClusterSettings = ClusterSettings()

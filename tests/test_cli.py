@@ -44,6 +44,8 @@ def test_all_commands_are_there():
         "generate",
         "generate-cohort",
         "evaluate",
+        "vacuum",
+        "verify",
         "run",
         "demo",
         "store start",
@@ -73,6 +75,7 @@ MISTAKES = {
     "another cohort": (["generate-cohort", "{0}/shards", "--rows", "10"], "holds something else than this cohort"),
     "no bucket to write to": (["generate-cohort", "s3://never-made/x", "--rows", "10"], "there is no such bucket"),
     "no records": (["generate-cohort", "{0}/o", "--rows", "0"], "greater than or equal to 1"),
+    "no table to clean": (["vacuum", "{0}/shards"], "no table there"),
     "no number": (["generate", "--model", "{0}/m", "--output", "{0}/o", "--n", "0"], "greater than or equal to 1"),
 }
 

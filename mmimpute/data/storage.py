@@ -8,9 +8,9 @@ An object is published whole by one PUT, never streamed to its final key.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -26,6 +26,7 @@ from mmimpute.errors import Unreachable, UserError
 PATIENT = {"max_retries": 10, "retry_timeout": timedelta(seconds=60), "backoff": {"max_backoff": timedelta(seconds=5)}}
 # For the first contact of a run: a mistyped endpoint is to be told in seconds.
 PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+ALWAYS = datetime.max.replace(tzinfo=UTC)
 PIECE = 8 << 20  # bytes of a download at a time
 CREDENTIALS_SECONDS = 300  # for which they are kept: those of a role are handed out with more left than that
 CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(minutes=5), "allow_http": True}
@@ -142,17 +143,18 @@ def explained(url: str) -> Iterator[None]:
         raise Unreachable(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None
 
 
-def objects(url: str, suffix: str = "", retry: dict = PATIENT) -> Iterator[StoredObject]:
+def objects(url: str, suffix: str = "", retry: dict = PATIENT, before: datetime = ALWAYS) -> Iterator[StoredObject]:
     """Every object below a URL whose key ends with `suffix`. Hidden ones (a part starting with _ or .) are left out.
 
+    before: only objects last written before it, by the store's clock.
     Raises UserError for a bucket that is not there, refused credentials and a store that does not answer.
     """
     with explained(url):
         try:
             for batch in obstore.list(connect(url, retry), chunk_size=10_000, return_arrow=True):
-                columns = [batch[name].to_pylist() for name in ("path", "e_tag", "size")]
-                for key, etag, size in zip(*columns, strict=True):
-                    if key.endswith(suffix) and not any(part[0] in "_." for part in key.split("/") if part):
+                columns = [batch[name].to_pylist() for name in ("path", "e_tag", "size", "last_modified")]
+                for key, etag, size, written in zip(*columns, strict=True):
+                    if key.endswith(suffix) and written < before and not any(part[0] in "_." for part in key.split("/") if part):
                         yield StoredObject(key, (etag or "").strip('"'), size)
         except (NotFoundError, FileNotFoundError):
             raise UserError(f"{url}: there is no such {'bucket' if is_s3(url) else 'folder'}") from None
@@ -194,6 +196,11 @@ def write(url: str, key: str, content: bytes | IO[bytes]) -> None:
     """Publishes one object, whole: readers see the old one or the new one. A file is sent in parts, from where it stands."""
     with explained(url):
         obstore.put(connect(url, create=True), key, content)
+
+
+def delete(url: str, keys: Iterable[str]) -> None:
+    with explained(url):
+        obstore.delete(connect(url), list(keys))
 
 
 def size(url: str, key: str) -> int | None:

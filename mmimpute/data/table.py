@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -20,12 +21,12 @@ from deltalake.transaction import AddAction, RemoveAction, create_table_with_add
 
 from mmimpute.data import storage
 from mmimpute.data.shards import Shard, read_footer
+from mmimpute.errors import UserError
 
 FOOTER_THREADS = 16
 UNSIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
-
-
 COUNTS = "mmimpute.counts"  # key of an enriched shard's metadata: what was imputed in it
+OUTPUT_KEY = re.compile(r".+-[0-9a-f]{8}-[0-9a-f]{32}\.parquet")  # what `output_key` makes
 
 
 class Commit(NamedTuple):
@@ -156,6 +157,41 @@ def _write(table: DeltaTable | None, url: str, actions: list, footers: list[pq.F
     version = table.version()
     table.create_write_transaction(actions, mode="append", schema=table.schema(), **properties)
     return version + 1
+
+
+def vacuum(url: str, older_than: timedelta, dry_run: bool = False) -> list[Shard]:
+    """Removes the leftovers and returns them. Raises UserError as `leftovers`."""
+    found = leftovers(url, older_than)
+    if not dry_run:
+        storage.delete(url, [o.key for o in found])
+    return found
+
+
+def leftovers(url: str, older_than: timedelta) -> list[Shard]:
+    """Enriched objects under the table's URL, older than that, which no version of the table refers to.
+
+    They come from runs that died before their commit, and from inputs that changed before it.
+    Raises UserError where there is no table.
+    """
+    # Listed before the log is read: what is committed meanwhile is seen to be in use.
+    old = [Shard(*o) for o in storage.objects(url, ".parquet", before=datetime.now(UTC) - older_than)]
+    table = _open(url)
+    if table is None:
+        raise UserError(f"{url}: no table there; give the URL that `mmimpute impute --output` wrote to")
+    used = _state(table).keys | _logged(url)
+    return [o for o in old if OUTPUT_KEY.fullmatch(o.key) and o.key not in used]
+
+
+def _logged(url: str) -> set[str]:
+    """Every path that a commit in the log adds or removes: what a version holds is there still, or was removed since."""
+    log = storage.join(url, "_delta_log")
+
+    def paths(entry: storage.StoredObject) -> set[str]:
+        actions = map(json.loads, storage.read(log, entry.key).splitlines())
+        return {action[kind]["path"] for action in actions for kind in ("add", "remove") if kind in action}
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return set().union(*pool.map(paths, storage.list_objects(log, ".json")))
 
 
 def _union(footers: list[pq.FileMetaData]) -> pa.Schema:

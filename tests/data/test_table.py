@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import datetime, timedelta
 from multiprocessing import get_context
 
 import duckdb
@@ -15,6 +16,7 @@ from deltalake.exceptions import DeltaError
 
 from mmimpute.data import storage, table
 from mmimpute.data.shards import Shard, publish_table
+from mmimpute.errors import UserError
 
 
 def put(url: str, name: str, etag: str, rows: pa.Table, model: str = "m") -> str:
@@ -195,3 +197,55 @@ def test_nothing_is_published_in_a_place_that_is_not_there(tmp_path):
     assert list(table.published(str(tmp_path / "none"))) == []
     with pytest.raises(FileNotFoundError):
         storage.read(str(tmp_path / "none"), "a")
+
+
+def age(hours: float, monkeypatch) -> None:
+    """Lets the clock of the code under test run ahead, as the store sets the times of its objects."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    monkeypatch.setattr(table, "datetime", Later)
+
+
+def test_leftovers_are_what_no_version_refers_to(place, monkeypatch):
+    replaced = put(place, "a.parquet", "1", ROWS)
+    commit(place, replaced)
+    current = put(place, "a.parquet", "2", ROWS)
+    commit(place, current)
+    left = {put(place, "a.parquet", "3", ROWS), put(place, "b.parquet", "1", ROWS)}
+    for other in ("notes.parquet", "_runs/plan-1.parquet", "report.html", "record.json", f"_runs/{next(iter(left))}"):
+        storage.write(place, other, b"not ours")
+    assert table.leftovers(place, timedelta(hours=1)) == []  # younger: a run may be about to commit them
+    age(2, monkeypatch)
+    assert {o.key for o in table.vacuum(place, timedelta(hours=1), dry_run=True)} == left
+    assert table.vacuum(place, timedelta(hours=3)) == []
+    assert {o.key for o in table.vacuum(place, timedelta(hours=1))} == left
+    assert table.vacuum(place, timedelta(hours=1)) == [] and not left & {o.key for o in table.published(place)}
+    for version in (0, 1):
+        assert len(at_version(place, version).to_pyarrow_dataset().to_table()) == 2
+    assert storage.exists(place, "notes.parquet") and storage.exists(storage.join(place, "_runs"), "plan-1.parquet")
+
+
+def test_leftovers_are_told_after_old_logs_are_gone(tmp_path, monkeypatch):
+    """Another tool may have cleaned the log: what readable versions hold is then in a checkpoint, or removed later."""
+    place = str(tmp_path / "table")
+    kept = put(place, "kept.parquet", "1", ROWS)
+    early = put(place, "a.parquet", "1", ROWS)
+    commit(place, kept, early)
+    DeltaTable(place).create_checkpoint()
+    late = put(place, "a.parquet", "2", ROWS)
+    commit(place, late)
+    (tmp_path / "table" / "_delta_log" / f"{0:020d}.json").unlink()
+    assert len(at_version(place, 0).to_pyarrow_dataset().to_table()) == 4
+    lost = put(place, "a.parquet", "3", ROWS)
+    age(2, monkeypatch)
+    assert [o.key for o in table.leftovers(place, timedelta(hours=1))] == [lost]
+
+
+def test_no_leftovers_where_there_is_no_table(place):
+    put(place, "a.parquet", "1", ROWS)
+    with pytest.raises(UserError, match="no table there"):
+        table.leftovers(place, timedelta(0))
