@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute import __version__
-from mmimpute.console import accuracy_table, console, report_errors, set_aside_table, watch
+from mmimpute.console import accuracy_table, console, problems_table, report_errors, set_aside_table, watch
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.simulation import SHARD_ROWS, Population
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec, validated
@@ -142,6 +142,29 @@ def impute(
         f"table version {committed['version']}, {committed['added']} objects added and {committed['removed']} removed: {escape(output)}"
     )
     _finish(done["set_aside"])
+
+
+@app.command()
+def verify(
+    model: ModelUrl,
+    shards: Shards,
+    output: Annotated[str, typer.Option(help="URL of the table, as given to `mmimpute impute`")],
+    address: Address = None,
+) -> None:
+    """Hold the table against the shards: each has one output, what was observed is as it was, nothing missing is left.
+
+    Exit code 3 where something is wrong. The model says which columns are imputed; it need not be the one that imputed them.
+
+    Example: mmimpute verify --model s3://bucket/model/ --shards s3://bucket/cohort/ --output s3://bucket/enriched/
+    """
+    from mmimpute import jobs
+
+    found = jobs.verify_table(model, shards, output, ClusterSettings(address=address), watch("verify"))
+    wrong = f"{len(found['problems'])} with something wrong" if found["problems"] else "all is well"
+    console.print(f"table version {found['version']}: {found['shards']:,} shards, {found['rows']:,} records compared, {wrong}")
+    if found["problems"]:
+        console.print(problems_table(found["problems"]))
+        raise typer.Exit(3)
 
 
 @app.command()

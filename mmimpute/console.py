@@ -38,13 +38,14 @@ def watch(title: str) -> Callable[[dict], None]:
                 f"{record['rows_per_second']:,.0f} records/s"
             )
             return
-        done = record.get("imputed", record.get("generated", record.get("profiled", 0)))
+        what = next(k for k in ("imputed", "generated", "profiled", "verified") if k in record)
+        done = record[what]
         tenth = 10 * done // record["of"]
         if tenth == shown:
             return
         shown = tenth
         seconds = time.monotonic() - began
-        what = "profiled" if "profiled" in record else "done"
+        what = what if what in ("profiled", "verified") else "done"
         rows = f", {record['rows']:,} records, {record['rows'] / seconds:,.0f} a second" if "rows" in record else ""
         left = f", {seconds * (record['of'] - done) / done:,.0f} s left" if done < record["of"] else ""
         console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}{left}")
@@ -71,4 +72,11 @@ def set_aside_table(aside: list[dict]) -> Table:
     table = Table("shard", "set aside because", title="Shards set aside")
     for entry in aside:
         table.add_row(escape(entry["shard"]), escape(entry["error"]))
+    return table
+
+
+def problems_table(problems: dict[str, list[str]]) -> Table:
+    table = Table("shard", "what is wrong", title="Shards that are not as they have to be")
+    for shard, found in problems.items():
+        table.add_row(escape(shard), escape("; ".join(found)))
     return table

@@ -8,6 +8,7 @@ import mmimpute
 from mmimpute import metrics, registry
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
+from mmimpute.cluster.verify import verify_shards
 from mmimpute.data import profile, storage, table
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
@@ -19,6 +20,7 @@ from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
+from mmimpute.verifying import pairs_of
 
 Progress = Callable[[dict], None]
 LEAST_ROWS = 60  # fewer records are no training data
@@ -199,6 +201,25 @@ def impute_cohort(
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
     return imputed | {"committed": commit_table(found, place, output, settings, prune)}
+
+
+def verify_table(model: str, shards: str, output: str, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
+    """Holds every object of the table's current version against its input, by the schema of the model.
+
+    Returns {version, shards, rows, problems: {shard: [what is wrong]}}. Raises UserError where there is no model, no shard or no table.
+    """
+    schema = registry.describe(model).cohort
+    state = table.committed(output)
+    pairs, problems = pairs_of(list_shards(shards), state.keys)
+    rows = 0
+    if pairs:
+        with runtime.cluster(cluster):
+            for number, status in enumerate(verify_shards(schema, shards, pairs, output), 1):
+                rows += status["rows"]
+                if status["problems"]:
+                    problems[status["shard"]] = status["problems"]
+                on_shard({"verified": number, "of": len(pairs), "rows": rows})
+    return {"version": state.version, "shards": len(pairs), "rows": rows, "problems": dict(sorted(problems.items()))}
 
 
 def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

@@ -20,6 +20,7 @@ LAYERS = [
         "mmimpute.stacking",
         "mmimpute.imputing",
         "mmimpute.metrics",
+        "mmimpute.verifying",
         "mmimpute.generating",
         "mmimpute.simulating",
         "mmimpute.evaluation",

@@ -1,6 +1,7 @@
 """Shards into Ray Data: one row per shard where a shard is the unit of work, one row per record where records are."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,11 @@ Chosen = Callable[[np.ndarray], np.ndarray]
 MOST_BLOCKS = 2_000  # of a dataset of shards: enough to balance the work, few enough for the driver
 
 
-def shard_dataset(shards: list[Shard], together: int = 1) -> Dataset:
-    """One shard = one row; `together`: shards of a block, which is one task's."""
+def shard_dataset(shards: Sequence[NamedTuple], together: int = 1) -> Dataset:
+    """One shard, or one pair of shards, = one row; `together`: rows of a block, which is one task's."""
     per_block = max(together, -(-len(shards) // MOST_BLOCKS))
     groups = [shards[i : i + per_block] for i in range(0, len(shards), per_block)]
-    return ray.data.from_arrow([pa.table(dict(zip(Shard._fields, map(list, zip(*g, strict=True)), strict=True))) for g in groups])
+    return ray.data.from_arrow([pa.table(dict(zip(shards[0]._fields, map(list, zip(*g, strict=True)), strict=True))) for g in groups])
 
 
 def shards_of(batch: pa.Table) -> Iterable[Shard]:

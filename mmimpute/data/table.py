@@ -95,6 +95,14 @@ def table_state(url: str) -> TableState:
     return _state(_open(url))
 
 
+def committed(url: str) -> TableState:
+    """The state of a table that has to be there. Raises UserError where it is not."""
+    state = table_state(url)
+    if state.version is None:
+        raise UserError(f"{url}: no table there; give the URL that `mmimpute impute --output` wrote to")
+    return state
+
+
 def _state(table: DeltaTable | None) -> TableState:
     if table is None:
         return TableState(None, frozenset())
@@ -175,10 +183,7 @@ def leftovers(url: str, older_than: timedelta) -> list[Shard]:
     """
     # Listed before the log is read: what is committed meanwhile is seen to be in use.
     old = [Shard(*o) for o in storage.objects(url, ".parquet", before=datetime.now(UTC) - older_than)]
-    table = _open(url)
-    if table is None:
-        raise UserError(f"{url}: no table there; give the URL that `mmimpute impute --output` wrote to")
-    used = _state(table).keys | _logged(url)
+    used = committed(url).keys | _logged(url)
     return [o for o in old if OUTPUT_KEY.fullmatch(o.key) and o.key not in used]
 
 
