@@ -8,7 +8,6 @@ import mmimpute
 from mmimpute import metrics, registry
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
-from mmimpute.cluster.verify import verify_shards
 from mmimpute.data import profile, storage, table
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
@@ -20,7 +19,6 @@ from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey
 from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
-from mmimpute.verifying import pairs_of
 
 Progress = Callable[[dict], None]
 LEAST_ROWS = 60  # fewer records are no training data
@@ -208,9 +206,12 @@ def verify_table(model: str, shards: str, output: str, cluster: ClusterSettings,
 
     Returns {version, shards, rows, problems: {shard: [what is wrong]}}. Raises UserError where there is no model, no shard or no table.
     """
+    from mmimpute.cluster.verify import verify_shards
+    from mmimpute.verifying import pairs_of
+
     schema = registry.describe(model).cohort
     state = table.committed(output)
-    pairs, problems = pairs_of(list_shards(shards), state.keys)
+    pairs, problems = pairs_of(list_shards(shards), state.keys, table.published(output))
     rows = 0
     if pairs:
         with runtime.cluster(cluster):

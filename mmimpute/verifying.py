@@ -25,12 +25,14 @@ BITS = {16: pa.uint16(), 32: pa.uint32(), 64: pa.uint64()}
 
 
 class Pair(NamedTuple):
-    """An input shard and the key of its output."""
+    """An input shard and its output."""
 
     key: str
     etag: str
     size: int
     output: str
+    output_etag: str
+    output_size: int
 
 
 class Cells(NamedTuple):
@@ -40,18 +42,23 @@ class Cells(NamedTuple):
     missing: np.ndarray
 
 
-def pairs_of(listed: Iterable[Shard], outputs: Iterable[str]) -> tuple[list[Pair], dict[str, list[str]]]:
-    """Every input shard that has one output, with it; and, by shard or output, what is wrong with the others."""
-    by_source: dict[str, list[str]] = {}
-    for key in sorted(outputs):
+def pairs_of(listed: Iterable[Shard], committed: Iterable[str], stored: Iterable[Shard]) -> tuple[list[Pair], dict[str, list[str]]]:
+    """Every input shard that has one output, with it; and, by shard or output, what is wrong with the others.
+
+    committed: keys in the table. stored: the objects that there are.
+    """
+    objects, by_source = {o.key: o for o in stored}, {}
+    for key in sorted(committed):
         by_source.setdefault(source_of(key), []).append(key)
     pairs, problems = [], {}
     for shard in listed:
         found = by_source.pop(source(shard.key), [])
-        if len(found) == 1:
-            pairs.append(Pair(*shard, found[0]))
-        else:
+        if len(found) != 1:
             problems[shard.key] = [f"{len(found)} outputs in the table; expected one"]
+        elif found[0] not in objects:
+            problems[shard.key] = ["its output is in the table, but not in storage"]
+        else:
+            pairs.append(Pair(*shard, *objects[found[0]]))
     gone = "its input is gone; `mmimpute impute --prune` takes it out of the table"
     return pairs, problems | {key: [gone] for keys in by_source.values() for key in keys}
 
@@ -60,7 +67,7 @@ def verify_shard(schema: CohortSchema, shards: str, pair: Pair, output: str) -> 
     """Returns {shard, rows, problems}; problems is empty where the output is as it has to be."""
     status = {"shard": pair.key, "rows": 0}
     try:
-        given, made = open_shard(shards, Shard(*pair[:3])), open_shard(output, Shard(pair.output, "", 0))
+        given, made = open_shard(shards, Shard(*pair[:3])), open_shard(output, Shard(*pair[3:]))
         check_columns(schema, given.schema_arrow, pair.key)
         problems = _lineage_problems(made, pair)
         if layout := _layout_problems(schema, given, made):

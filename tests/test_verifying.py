@@ -35,7 +35,11 @@ def good(small_cohort, tmp_path_factory):
     (shard,) = list_shards(shards)
     everything = ImputeSettings(interval=0.9, draws=2, latent=True)
     status = impute_shard(registry.load(small_cohort[2]), shards, shard, output, everything)
-    return shards, Pair(*shard, status["output"]), output
+    return shards, pair_of(shard, status["output"], output), output
+
+
+def pair_of(shard: Shard, key: str, output: str) -> Pair:
+    return next(Pair(*shard, *o) for o in storage.list_objects(output) if o.key == key)
 
 
 @pytest.mark.parametrize("batch", [7, 8192])
@@ -122,7 +126,7 @@ def test_damage_is_found_and_named(case, schema, good, tmp_path):
     shards, pair, output = good
     damage, message = DAMAGE[case]
     publish_table(str(tmp_path), pair.output, damage(fetch_table(output, pair.output)))
-    problems = verify_shard(schema, shards, pair, str(tmp_path))["problems"]
+    problems = verify_shard(schema, shards, pair_of(Shard(*pair[:3]), pair.output, str(tmp_path)), str(tmp_path))["problems"]
     assert message in problems
     assert len(problems) == 1 or case in ("swapped rows", "an input value lost", "no lineage")
     assert "s000000" not in str(problems) and "s999999" not in str(problems)
@@ -132,7 +136,9 @@ def test_objects_that_cannot_be_read_are_named(schema, good, tmp_path):
     shards, pair, output = good
     assert "no such object" in verify_shard(schema, shards, pair._replace(output="none.parquet"), output)["problems"][0]
     storage.write(str(tmp_path), pair.output, flipped(storage.read(output, pair.output)))
-    assert "no readable Parquet file" in verify_shard(schema, shards, pair, str(tmp_path))["problems"][0]
+    damaged = pair_of(Shard(*pair[:3]), pair.output, str(tmp_path))
+    assert "no readable Parquet file" in verify_shard(schema, shards, damaged, str(tmp_path))["problems"][0]
+    assert "another version of the object" in verify_shard(schema, shards, pair._replace(etag="older"), output)["problems"][0]
 
 
 def test_a_type_that_cannot_be_compared_is_no_pass(schema, good, tmp_path):
@@ -140,20 +146,23 @@ def test_a_type_that_cannot_be_compared_is_no_pass(schema, good, tmp_path):
     views = pa.array([[1]] * 301, pa.list_view(pa.int8()))
     for url, key, place in ((shards, pair.key, "shards"), (output, pair.output, "out")):
         publish_table(str(tmp_path / place), key, fetch_table(url, key).append_column("note", views))
-    problems = verify_shard(schema, str(tmp_path / "shards"), pair, str(tmp_path / "out"))["problems"]
+    changed = pair_of(list_shards(str(tmp_path / "shards"))[0], pair.output, str(tmp_path / "out"))
+    problems = verify_shard(schema, str(tmp_path / "shards"), changed, str(tmp_path / "out"))["problems"]
     assert len(problems) == 1 and "cannot be compared" in problems[0]
 
 
 def test_each_input_has_one_output():
-    shards = [Shard(f"{n}.parquet", "e", 1) for n in "abc"]
+    shards = [Shard(f"{n}.parquet", "e", 1) for n in "abcd"]
     key = {s.key: output_key(s, "m", "s") for s in [*shards, Shard("gone.parquet", "e", 1)]}
     twice = output_key(shards[1]._replace(etag="older"), "m", "s")
-    pairs, problems = pairs_of(shards, [key["a.parquet"], key["b.parquet"], twice, key["gone.parquet"]])
-    assert pairs == [Pair("a.parquet", "e", 1, key["a.parquet"])]
+    committed = [key["a.parquet"], key["b.parquet"], twice, key["d.parquet"], key["gone.parquet"]]
+    pairs, problems = pairs_of(shards, committed, [Shard(k, "o", 2) for k in committed if k != key["d.parquet"]])
+    assert pairs == [Pair("a.parquet", "e", 1, key["a.parquet"], "o", 2)]
     assert problems.pop(key["gone.parquet"])[0].startswith("its input is gone")
     assert problems == {
         "b.parquet": ["2 outputs in the table; expected one"],
         "c.parquet": ["0 outputs in the table; expected one"],
+        "d.parquet": ["its output is in the table, but not in storage"],
     }
     assert source("a.parquet") in key["a.parquet"]
 
