@@ -142,7 +142,7 @@ def impute_table(
     began = time.perf_counter()
     todo = table.outstanding(output, expected_outputs(found, place, settings))
     found_bad, seconds = {}, dict.fromkeys(PHASES, 0.0)
-    rows, retries, record = 0, 0, metrics.Record()
+    rows, retries, record = 0, 0, metrics.Record() if todo else None
     if todo:
         with runtime.cluster(cluster):
             for number, status in enumerate(impute_shards(place, found.url, todo, output, settings, cluster), 1):
@@ -155,7 +155,7 @@ def impute_table(
                 on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
     seconds["all"] = time.perf_counter() - began
     done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": rows, "retries": retries, "seconds": seconds}
-    written = record.publish(storage.join(output, "_runs"), done | {"model": place, "version": mmimpute.__version__}) if todo else None
+    written = record.publish(storage.join(output, "_runs"), done | {"model": place, "version": mmimpute.__version__}) if record else None
     return done | {"set_aside": found.set_aside | found_bad, "metrics": written}
 
 
