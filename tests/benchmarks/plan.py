@@ -54,9 +54,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     print(f"{len(shards):,} shards, {done:,} done before, {len(left):,} left to do")
     print(f"  {seconds:.2f} s (target {TARGET_SECONDS} s)")
-    print(
-        f"  peak memory {peak():,.0f} MiB (target {TARGET_MIB:,}): imports {imported:,.0f}, the listing {before - imported:,.0f} more,"
-    )
+    print(f"  peak memory {peak():,.0f} MiB (target {TARGET_MIB:,}): imports {imported:,.0f}, the listing {before - imported:,.0f} more,")
     print(f"  the plan {peak() - before:,.0f} more")
 
 
