@@ -22,8 +22,9 @@ from obstore.store import LocalStore, S3Store
 
 from mmimpute.errors import Unreachable, UserError
 
-# Long enough to sit out a store's restart, short enough that nobody thinks the run hangs.
-PATIENT = {"max_retries": 10, "retry_timeout": timedelta(seconds=60), "backoff": {"max_backoff": timedelta(seconds=5)}}
+# Long enough to sit out a store's restart, short enough that nobody thinks the run hangs. The timeout rules: waits are drawn
+# at random and grow slowly, so that ten tries can be over in 1.6 s.
+PATIENT = {"max_retries": 1000, "retry_timeout": timedelta(seconds=60), "backoff": {"base": 3, "max_backoff": timedelta(seconds=5)}}
 # For the first contact of a run: a mistyped endpoint is to be told in seconds.
 PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 ALWAYS = datetime.max.replace(tzinfo=UTC)
