@@ -51,8 +51,8 @@ def _observe(found: Survey, on_shard: Progress) -> tuple[profile.Statistics, dic
 
 
 def fingerprint(found: Survey, settings: FitSettings) -> str:
-    """What a model is fitted on: shards, spec, settings and version. The number of workers only divides the work."""
-    chosen = settings.model_dump_json(exclude={"workers", "gpus_per_worker", "cache_share"})
+    """What a model is fitted on: shards, spec, settings and version. How the work is divided and secured is no part of it."""
+    chosen = settings.model_dump_json(exclude={"workers", "gpus_per_worker", "cache_share", "checkpoint_seconds"})
     return table.digest(found.fingerprint, chosen, mmimpute.__version__)
 
 

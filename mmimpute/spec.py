@@ -69,6 +69,7 @@ class FitSettings(_Settings):
     workers: int = Field(0, ge=0)
     gpus_per_worker: float = Field(0, ge=0)
     cache_share: float = Field(0.25, ge=0, le=0.9, description="of a host's memory that its workers may fill with training records")
+    checkpoint_seconds: float = Field(20, ge=0, description="at most between two checkpoints, or one epoch")
     z0: int | None = Field(None, ge=1, description="width of the shared latent")
     pattern: bool = Field(
         True, description="the pattern of missing modalities is an input of q(z0): models data that are missing not at random"

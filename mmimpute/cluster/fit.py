@@ -40,7 +40,6 @@ from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, Schedule, Training, schedule, summarise
 
 STATE = "state.pt"
-SECONDS_BETWEEN_CHECKPOINTS = 20.0
 TUNE_BATCH = 1024
 MOST_TUNED = 2_000  # records that judge an epoch, up to TUNE_BYTES of them
 TUNE_BYTES = 64 << 20
@@ -115,6 +114,7 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "settings": asdict(OptimiserSettings(seed=job.settings.seed)),
         "patience": job.settings.patience or plan.patience,
         "cache_share": job.settings.cache_share,
+        "checkpoint_seconds": job.settings.checkpoint_seconds,
         "widths": [len(m.features) for m in job.schema.modalities],
     }
 
@@ -235,7 +235,7 @@ def train_loop(loop: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size() - 1))  # one is for all others
     data = RankRecords(train.get_dataset_shard("train"), device, share, training.model.config.members)
     tune = data.judges(MOST_TUNED)
-    reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None)
+    reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None, loop["checkpoint_seconds"])
     if best["stopped"]:
         reporter.report({}, last=True)
     while not best["stopped"]:
@@ -307,8 +307,9 @@ def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tens
 class Reporter:
     """Metrics at every epoch; from rank 0 now and then a checkpoint of model, optimiser, schedule and best weights."""
 
-    def __init__(self, training: Training, best: dict[str, Any], queue: Queue | None):
-        self.training, self.best, self.queue, self.saved = training, best, queue, time.monotonic()
+    def __init__(self, training: Training, best: dict[str, Any], queue: Queue | None, seconds: float):
+        self.training, self.best, self.queue = training, best, queue
+        self.seconds, self.saved = seconds, time.monotonic()
 
     def report(self, record: dict[str, float], last: bool) -> None:
         """Every rank must call this equally often: it is a barrier."""
@@ -317,7 +318,7 @@ class Reporter:
             return
         if record:
             self.queue.put(record)
-        if not last and time.monotonic() - self.saved < SECONDS_BETWEEN_CHECKPOINTS:
+        if not last and time.monotonic() - self.saved < self.seconds:
             train.report(record)
             return
         with tempfile.TemporaryDirectory() as folder:
