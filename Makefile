@@ -1,12 +1,13 @@
 # make demo [ROWS=1000000]   the whole job on a real cohort, with a local object store, Prefect and Ray
 # make test | test-fast | test-all   the tests | without Ray and Prefect | with the slow ones
+# make test-nightly          faults at 20 random moments each
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BENCH ?= ../shared/bench
 READY := .venv/.ready
 
-.PHONY: demo test test-fast test-all lint clean bench-accuracy
+.PHONY: demo test test-fast test-all test-nightly lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -20,6 +21,9 @@ test-fast: $(READY)
 
 test-all: $(READY)
 	.venv/bin/pytest -m "slow or not slow"
+
+test-nightly: $(READY)
+	MMIMPUTE_FAULTS=20 .venv/bin/pytest tests/faults
 
 lint: $(READY)
 	.venv/bin/ruff check .

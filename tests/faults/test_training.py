@@ -1,0 +1,83 @@
+"""Training workers and drivers killed: the resumed run is the undisturbed one, to the bit."""
+
+import random
+import threading
+import time
+
+import pytest
+
+from mmimpute import registry
+from tests.conftest import SPEC, write_cohort
+from tests.faults.conftest import SUMMARY
+from tests.faults.fit import SETTINGS, fit
+from tests.faults.processes import FEW, driver, moments, wait_until
+
+pytestmark = pytest.mark.services
+LAST = SETTINGS.epochs - 2
+TIMES = ("seconds", "rows_per_second")
+
+
+@pytest.fixture(scope="module")
+def training(endpoint, tmp_path_factory):
+    """(shards, spec file, URL for models)."""
+    from mmimpute import store
+
+    store.create_bucket(endpoint, "training")
+    spec = tmp_path_factory.mktemp("training") / "cohort.toml"
+    spec.write_text(SPEC)
+    write_cohort("s3://training/shards", 600, 2)
+    return "s3://training/shards", str(spec), "s3://training"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training, nodes):
+    return fitted(training, nodes, "undisturbed")
+
+
+def fitted(training, nodes, name: str, on_progress=lambda record: None) -> tuple[str, list[dict]]:
+    """Digest of the weights, and what was measured at each epoch, but for its duration."""
+    shards, spec, place = training
+    with nodes.connected():
+        made = fit(shards, f"{place}/{name}", spec, on_progress=on_progress)
+    history = registry.read_record(made["model"], "history")
+    return made["digest"], [{k: v for k, v in record.items() if k not in TIMES} for record in history]
+
+
+def test_the_same_seed_gives_the_same_bits(training, nodes, undisturbed):
+    assert fitted(training, nodes, "again") == undisturbed
+
+
+@pytest.mark.parametrize("at", moments("training worker killed", LAST), ids=str)
+def test_a_training_worker_is_killed(at, training, nodes, undisturbed):
+    rng, left, kills = random.Random(str(at)), list(at), []
+
+    def strike() -> None:
+        for worker in nodes.workers("RayTrainWorker"):
+            worker.kill()
+            kills.append(worker.pid)
+
+    def on_progress(record: dict) -> None:
+        if left and record.get("epoch", 0) >= left[0]:
+            left.pop(0)
+            threading.Timer(rng.uniform(0, 0.5), strike).start()  # at some step of the next epoch
+
+    assert fitted(training, nodes, "worker-" + "-".join(map(str, at)), on_progress) == undisturbed
+    assert len(kills) == len(at)
+    SUMMARY.append(("training worker killed", len(at), 0, 0))
+
+
+@pytest.mark.parametrize("at", moments("training driver killed", LAST, FEW), ids=str)
+def test_the_driver_of_a_training_is_killed(at, training, nodes, undisturbed, tmp_path):
+    shards, spec, place = training
+    name = "driver-" + "-".join(map(str, at))
+    for number, epoch in enumerate(at):
+        log = tmp_path / f"{number}.log"
+        with driver(log, "-m", "tests.faults.fit", shards, f"{place}/{name}", spec, nodes.cluster.address) as run:
+            wait_until(lambda: f"epoch {epoch}\n" in log.read_text() or run.process.poll() is not None, 180, log.read_text)  # noqa: B023
+            time.sleep(random.Random(epoch).uniform(0, 0.5))
+            run.process.kill()
+            run.wait(10)
+    seen = []
+    assert fitted(training, nodes, name, seen.append) == undisturbed
+    assert seen[-1]["epoch"] == SETTINGS.epochs and next(r["epoch"] for r in seen if "epoch" in r) > 1, "it began anew"
+    SUMMARY.append(("training driver killed", len(at), 0, 0))
