@@ -93,8 +93,11 @@ def aws_options() -> dict[str, str]:
 
 
 def delta_options(url: str) -> dict[str, str]:
-    """Storage options for deltalake: the same store, with commits by conditional PUT."""
-    return {**aws_options(), "allow_http": "true", "conditional_put": "etag"} if is_s3(url) else {}
+    """Storage options for deltalake: the same store, with commits by conditional PUT, and as patient."""
+    if not is_s3(url):
+        return {}
+    waits = {"max_retries": "1000", "retry_timeout": "60s", "backoff_config.base": "3", "backoff_config.max_backoff": "5s"}
+    return {**aws_options(), **waits, "allow_http": "true", "conditional_put": "etag"}
 
 
 def arrow_filesystem(url: str):

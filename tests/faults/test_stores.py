@@ -11,7 +11,7 @@ import pytest
 
 from mmimpute import jobs, store
 from tests.faults.conftest import SETTINGS, SHARDS
-from tests.faults.processes import FEW, moments
+from tests.faults.processes import moments
 from tests.faults.test_workers import strike
 
 pytestmark = pytest.mark.services
@@ -44,7 +44,7 @@ def restart_later(folder: Path) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("at", [[at] for group in moments("store killed", SHARDS * 3 // 4, FEW) for at in group], ids=str)
+@pytest.mark.parametrize("at", [[at] for group in moments("store killed", SHARDS * 3 // 4) for at in group], ids=str)
 def test_the_store_is_killed_and_comes_back(at, own_store, nodes, check):
     folder, endpoint, cohort = own_store
     output, outages = f"s3://own/killed-at-{at[0]}", []
