@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 
 from mmimpute import jobs, planning, registry
+from mmimpute.cluster import ingest
 from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 from mmimpute.errors import UserError
@@ -104,3 +105,13 @@ def test_specs_that_do_not_fit_the_shards(case, small_cohort):
 def test_outcomes_are_never_inputs(small_cohort):
     spec = CohortSpec(outcomes=("dx__s*",), modalities={"dx": ModalitySpec(prefix="dx__")})
     assert planning.survey(small_cohort[0], spec).schema.modalities[0].columns == ("dx__code",)
+
+
+@pytest.mark.parametrize(("count", "together", "workers"), [(1, 8, 4), (40, 8, 2), (200, 8, 2), (7, 1, 3), (100_000, 8, 16)])
+def test_blocks_hold_every_shard_once_and_end_small(count, together, workers):
+    parts = list(ingest.blocks(count, together, workers))
+    assert [at for part in parts for at in range(part.start, part.stop)] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    assert (
+        sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and len(parts) <= max(count / together, ingest.MOST_BLOCKS) + 50 * workers
+    )

@@ -18,8 +18,7 @@ from mmimpute.errors import Unreachable
 from mmimpute.imputing import ShardImputer
 from mmimpute.spec import ClusterSettings, ImputeSettings
 
-MOST_TOGETHER = 8  # shards of one task: enough to fetch and publish beside the model, few enough to share the work evenly
-TASKS_PER_ACTOR = 8
+MOST_TOGETHER = 8  # shards of one task: enough to fetch and publish beside the model, few enough for progress to be seen
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -66,8 +65,7 @@ def impute_shards(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     begun = Begun.options(scheduling_strategy=here).remote()
     arguments = {"model": model, "shards": shards_url, "output": output, "settings": settings, "begun": begun}
-    together = min(MOST_TOGETHER, max(1, len(shards) // (actors * TASKS_PER_ACTOR)))
-    for row in statuses(shard_dataset(shards, together), ImputingActor, arguments, actors, cluster.gpus_per_actor):
+    for row in statuses(shard_dataset(shards, MOST_TOGETHER, actors), ImputingActor, arguments, actors, cluster.gpus_per_actor):
         status = json.loads(row)
         if "unreachable" in status:
             raise Unreachable(status["unreachable"])

@@ -20,11 +20,19 @@ Chosen = Callable[[np.ndarray], np.ndarray]
 MOST_BLOCKS = 2_000  # of a dataset of shards: enough to balance the work, few enough for the driver
 
 
-def shard_dataset(shards: Sequence[NamedTuple], together: int = 1) -> Dataset:
-    """One shard, or one pair of shards, = one row; `together`: rows of a block, which is one task's."""
-    per_block = max(together, -(-len(shards) // MOST_BLOCKS))
-    groups = [shards[i : i + per_block] for i in range(0, len(shards), per_block)]
+def shard_dataset(shards: Sequence[NamedTuple], together: int = 1, workers: int = 1) -> Dataset:
+    """One shard, or one pair of shards, = one row; `together`: most rows of a block, which is one task's."""
+    groups = [shards[part] for part in blocks(len(shards), together, workers)]
     return ray.data.from_arrow([pa.table(dict(zip(shards[0]._fields, map(list, zip(*g, strict=True)), strict=True))) for g in groups])
+
+
+def blocks(count: int, together: int, workers: int) -> Iterator[slice]:
+    """Parts of `count` rows, smaller towards the end, so that no worker has a large one left when the others have none."""
+    most, start = max(together, -(-count // MOST_BLOCKS)), 0
+    while start < count:
+        stop = start + min(most, max(1, (count - start) // (2 * workers)))
+        yield slice(start, stop)
+        start = stop
 
 
 def shards_of(batch: pa.Table) -> Iterable[Shard]:
