@@ -15,8 +15,7 @@ the last one. CPU seconds are of all processes (user and system; of Ray: driver,
 largest sum of proportional shares. --flat instead runs the Ray path alone over several numbers of shards, and prints the seconds per
 million records in steady state and the driver's resident memory.
 
---daft and --spark add these two, one shard per row as in the Ray path, where `daft` or `pyspark` is importable. Neither was
-installed where this was written: THEY WERE NEVER RUN.
+--daft and --spark add these two, one shard per row as in the Ray path, where `daft` or `pyspark` is importable (run with 0.7 and 4.3).
 """
 
 import argparse
@@ -95,9 +94,13 @@ def reference(job: Job) -> None:
 def daft_path(job: Job) -> None:
     import daft
 
+    importable_by_workers()
+
     @daft.cls(max_concurrency=job.workers, use_process=True)
     class Imputer:
         def __call__(self, name: str) -> int:
+            from engine import impute_file
+
             return impute_file(job, name)
 
     Path(job.output).mkdir()
@@ -109,7 +112,12 @@ def daft_path(job: Job) -> None:
 def spark_path(job: Job) -> None:
     from pyspark.sql import SparkSession
 
+    importable_by_workers()
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+
     def impute(batches):
+        from engine import impute_file
+
         for batch in batches:
             yield pa.record_batch({"rows": [impute_file(job, name) for name in batch.column("name").to_pylist()]})
 
@@ -118,6 +126,11 @@ def spark_path(job: Job) -> None:
     spark = SparkSession.builder.master(f"local[{job.workers}]").config("spark.ui.enabled", "false").getOrCreate()
     spark.createDataFrame([(n,) for n in names], "name string").repartition(len(names)).mapInArrow(impute, "rows long").collect()
     spark.stop()
+
+
+def importable_by_workers() -> None:
+    """This file as a module: what is pickled of a script by value cannot hold its caches."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 PATHS = {"reference": reference, "ray": ray_path, "daft": daft_path, "spark": spark_path}
