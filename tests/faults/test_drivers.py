@@ -22,7 +22,8 @@ def command(cohort, output: str, *options: str) -> list[str]:
 
 
 def interrupted(run: Driver, output: str, published: int, sign: signal.Signals) -> None:
-    """Signals the command once so many shards are published: its work ends at once, with nothing half-published."""
+    """Signals the command once so many shards, one of them its own, are published: its work ends, with none half-published."""
+    published = max(published, count(output) + 1)  # the run before may have got further than it was to
     wait_until(lambda: count(output) >= published or run.process.poll() is not None, 120, run.log.read_text)
     assert run.process.poll() is None, run.log.read_text()
     had = run.signal(sign)
