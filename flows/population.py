@@ -1,105 +1,13 @@
-"""The population-scale run as a Prefect flow.
+"""The population-scale run as a Prefect flow: `python -m flows.population run.toml`."""
 
-    python -m flows.population run.toml
-
-Runs on an ephemeral Prefect with nothing else started, and against a server where PREFECT_API_URL is set. A retry
-resumes: every stage finds in storage what an earlier try has done.
-"""
-
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
-for _name, _value in {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
-}.items():
-    os.environ.setdefault(_name, _value)
+from prefect import flow
 
-from prefect import flow, task
-from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
-
+from flows.tasks import Record, Stages, commit, evaluate, fit, impute, plan, report
 from mmimpute import population
-from mmimpute.console import console, report_errors, watch
-from mmimpute.errors import MmimputeError, Unreachable
+from mmimpute.console import report_errors
 from mmimpute.spec import RunConfig, read_config
-
-Record = dict[str, Any]
-
-
-def mendable(task, run, state) -> bool:
-    """Whether another try may help: not where the user has to mend something first."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, Unreachable) or not isinstance(error, MmimputeError)
-
-
-RETRIES = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": mendable}
-
-
-@contextmanager
-def progress(key: str, part: str, whole: str) -> Iterator[Callable[[dict], None]]:
-    """A callback that shows progress on the console and, per percent, in a Prefect artifact."""
-    artifact = create_progress_artifact(0.0, key=key)
-    show, shown = watch(key), 0
-
-    def update(record: dict) -> None:
-        nonlocal shown
-        show(record)
-        percent = 100 * record.get(part, 0) // record[whole] if whole in record else 0
-        if percent > shown:
-            shown = percent
-            update_progress_artifact(artifact, progress=float(percent))
-
-    yield update
-    update_progress_artifact(artifact, progress=100.0)
-
-
-@task(**RETRIES)
-def plan(config: RunConfig) -> Record:
-    planned = population.plan(config)
-    rows = [{"shard": shard, "set aside because": error} for shard, error in planned["set_aside"].items()]
-    create_table_artifact(rows or [{k: planned[k] for k in ("shards", "rows", "new")}], key="plan")
-    return planned
-
-
-@task(**RETRIES)
-def fit(config: RunConfig, plan_name: str) -> Record:
-    with progress("fit", "epoch", "epochs") as update:
-        fitted = population.fit(config, plan_name, update)
-    create_link_artifact(fitted["model"], key="model", description="trained" if fitted["trained"] else "the champion still stands")
-    return fitted
-
-
-@task(**RETRIES)
-def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
-    found = population.evaluate(config, plan_name, model)
-    create_table_artifact([{"modality": m, "skill": s} for m, s in found["skill"].items()], key="accuracy")
-    return found
-
-
-@task(**RETRIES)
-def impute(config: RunConfig, plan_name: str, model: str) -> Record:
-    with progress("impute", "imputed", "of") as update:
-        return population.impute(config, plan_name, model, update)
-
-
-@task(**RETRIES)
-def commit(config: RunConfig, plan_name: str, model: str) -> Record:
-    done = population.commit(config, plan_name, model)
-    create_table_artifact([{k: done[k] for k in ("table", "version", "added", "removed")}], key="commit")
-    return done
-
-
-@task(**RETRIES)
-def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
-    written = population.report(config, stages, seconds)
-    create_link_artifact(written["report"], key="report")
-    return written
 
 
 @flow(name="population-run")
@@ -108,24 +16,14 @@ def population_run(config: RunConfig) -> Record:
 
     Raises SetAside at the end where shards had to be set aside; the others are published by then.
     """
-    seconds: dict[str, float] = {}
-    stages: dict[str, Record] = {}
-
-    def stage(name: str, run: Callable[..., Record], *arguments) -> Record:
-        began = time.perf_counter()
-        console.print(f"{name} ...")
-        stages[name] = run(config, *arguments)
-        seconds[name] = time.perf_counter() - began
-        return stages[name]
-
-    plan_name = stage("plan", plan)["plan"]
-    model = stage("fit", fit, plan_name)["model"]
-    stage("evaluate", evaluate, plan_name, model)
-    stage("impute", impute, plan_name, model)
-    stage("commit", commit, plan_name, model)
-    stage("report", report, stages, seconds)
-    population.raise_if_set_aside(population.set_aside(stages))
-    return stages
+    stages = Stages(config)
+    planned = stages.run(plan)["plan"]
+    model = stages.run(fit, planned)["model"]
+    for stage in (evaluate, impute, commit):
+        stages.run(stage, planned, model)
+    stages.run(report, stages.done, stages.seconds)
+    population.raise_if_set_aside(population.set_aside(stages.done))
+    return stages.done
 
 
 if __name__ == "__main__":

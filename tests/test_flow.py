@@ -125,7 +125,7 @@ def test_a_second_run_on_a_server_finds_all_done(first, run, prefect_server, tmp
 def test_what_is_tried_again():
     from prefect.states import exception_to_failed_state
 
-    from flows.population import mendable
+    from flows.tasks import mendable
     from mmimpute.errors import DataError, Unreachable, UserError
 
     again = {UserError("x"): False, DataError("s", None, "f", "e", "a"): False, Unreachable("x"): True, OSError("x"): True}
@@ -137,6 +137,7 @@ def test_what_is_tried_again():
 def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_path):
     """The flow's own function, on a folder, with its tasks' functions in place of the tasks."""
     from flows import population as flow
+    from flows import tasks
 
     url = str(tmp_path)
     write_cohort(f"{url}/shards", rows=200, shards=2, seed=8)
@@ -147,10 +148,10 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     for name in ("plan", "fit", "evaluate", "impute", "commit", "report"):
         monkeypatch.setattr(flow, name, getattr(flow, name).fn)
     steps = []
-    monkeypatch.setattr(flow, "update_progress_artifact", lambda _, progress: steps.append(progress))
+    monkeypatch.setattr(tasks, "update_progress_artifact", lambda _, progress: steps.append(progress))
     for name in ("create_table_artifact", "create_link_artifact"):
-        monkeypatch.setattr(flow, name, lambda *_, **__: None)
-    monkeypatch.setattr(flow, "create_progress_artifact", lambda *_, **__: None)
+        monkeypatch.setattr(tasks, name, lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "create_progress_artifact", lambda *_, **__: None)
     stages = flow.population_run.fn(config)
     assert stages["plan"]["new"] == 2 and stages["impute"]["rows"] == 200 and stages["fit"]["trained"]
     assert steps == [100.0, 100.0, 50.0, 100.0, 100.0]  # fit: one epoch, then done; impute: two shards, then done

@@ -1,0 +1,104 @@
+"""The tasks that flows are made of. A retry resumes: every stage finds in storage what an earlier try has done."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+
+from mmimpute import population
+from mmimpute.console import console, watch
+from mmimpute.errors import MmimputeError, Unreachable
+from mmimpute.spec import RunConfig
+
+Record = dict[str, Any]
+
+
+def mendable(task, run, state) -> bool:
+    """Whether another try may help: not where the user has to mend something first."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Unreachable) or not isinstance(error, MmimputeError)
+
+
+RETRIES = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": mendable}
+
+
+@contextmanager
+def progress(key: str, part: str, whole: str) -> Iterator[Callable[[dict], None]]:
+    """A callback that shows progress on the console and, per percent, in a Prefect artifact."""
+    artifact = create_progress_artifact(0.0, key=key)
+    show, shown = watch(key), 0
+
+    def update(record: dict) -> None:
+        nonlocal shown
+        show(record)
+        percent = 100 * record.get(part, 0) // record[whole] if whole in record else 0
+        if percent > shown:
+            shown = percent
+            update_progress_artifact(artifact, progress=float(percent))
+
+    yield update
+    update_progress_artifact(artifact, progress=100.0)
+
+
+@task(**RETRIES)
+def plan(config: RunConfig) -> Record:
+    planned = population.plan(config)
+    rows = [{"shard": shard, "set aside because": error} for shard, error in planned["set_aside"].items()]
+    create_table_artifact(rows or [{k: planned[k] for k in ("shards", "rows", "new")}], key="plan")
+    return planned
+
+
+@task(**RETRIES)
+def fit(config: RunConfig, plan_name: str) -> Record:
+    with progress("fit", "epoch", "epochs") as update:
+        fitted = population.fit(config, plan_name, update)
+    create_link_artifact(fitted["model"], key="model", description="trained" if fitted["trained"] else "the champion still stands")
+    return fitted
+
+
+@task(**RETRIES)
+def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
+    found = population.evaluate(config, plan_name, model)
+    create_table_artifact([{"modality": m, "skill": s} for m, s in found["skill"].items()], key="accuracy")
+    return found
+
+
+@task(**RETRIES)
+def impute(config: RunConfig, plan_name: str, model: str) -> Record:
+    with progress("impute", "imputed", "of") as update:
+        return population.impute(config, plan_name, model, update)
+
+
+@task(**RETRIES)
+def commit(config: RunConfig, plan_name: str, model: str) -> Record:
+    done = population.commit(config, plan_name, model)
+    create_table_artifact([{k: done[k] for k in ("table", "version", "added", "removed")}], key="commit")
+    return done
+
+
+@task(**RETRIES)
+def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
+    written = population.report(config, stages, seconds)
+    create_link_artifact(written["report"], key="report")
+    return written
+
+
+class Stages:
+    """What each stage of a flow did, and the seconds that it took."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.done: dict[str, Record] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, stage: Callable[..., Record], *arguments: Any) -> Record:
+        """Runs one task with the configuration as its first argument, and keeps what it returns under its name."""
+        name = stage.__name__
+        console.print(f"{name} ...")
+        began = time.perf_counter()
+        self.done[name] = stage(self.config, *arguments)
+        self.seconds[name] = time.perf_counter() - began
+        return self.done[name]
