@@ -1,4 +1,5 @@
 # make demo [ROWS=1000000]   the whole job on a real cohort, with a local object store, Prefect and Ray
+# make serve                 a Prefect server and worker with the demo's cohort deployed, to try out
 # make test | test-fast | test-all   the tests | without Ray and Prefect | with the slow ones
 # make test-nightly          faults at 20 random moments each
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
@@ -7,11 +8,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BENCH ?= ../shared/bench
 READY := .venv/.ready
 
-.PHONY: demo test test-fast test-all test-nightly lint clean bench-accuracy
+.PHONY: demo serve test test-fast test-all test-nightly lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	.venv/bin/mmimpute demo $(if $(ROWS),--rows $(ROWS))
+
+serve: $(READY)
+	.venv/bin/mmimpute serve
 
 test: $(READY)
 	.venv/bin/pytest

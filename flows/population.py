@@ -19,8 +19,9 @@ def population_run(config: RunConfig) -> Record:
     stages = Stages(config)
     planned = stages.run(plan)["plan"]
     model = stages.run(fit, planned)["model"]
-    for stage in (evaluate, impute, commit):
-        stages.run(stage, planned, model)
+    stages.run(evaluate, planned, model)
+    imputed = stages.run(impute, planned, model)
+    stages.run(commit, planned, model, imputed["metrics"])
     stages.run(report, stages.done, stages.seconds)
     population.raise_if_set_aside(population.set_aside(stages.done))
     return stages.done

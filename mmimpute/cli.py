@@ -9,14 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute import __version__
-from mmimpute.console import accuracy_table, console, problems_table, report_errors, set_aside_table, watch
+from mmimpute.console import accuracy_table, console, problems_table, report_errors, run_tables, runs_table, set_aside_table, watch
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.simulation import SHARD_ROWS, Population
-from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec, validated
+from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_config, read_spec, validated
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
 app.add_typer(store_app, name="store")
+runs_app = typer.Typer(help="What the runs that made a table did.")
+app.add_typer(runs_app, name="runs")
 
 Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
 ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]
@@ -253,13 +255,89 @@ def run(config: Annotated[Path, typer.Argument(help="the run's configuration, a 
     The file: title, spec (a path or a table), shards, model, output, and optional tables \\[fit], \\[impute], \\[cluster].
     """
     from mmimpute import launch
-    from mmimpute.spec import read_config
 
     output = read_config(config).output  # mistakes are told before Prefect starts
     code = launch.run_flow(config)
     if code in (0, 3):
         launch.show_run(output)
     raise typer.Exit(code)
+
+
+@app.command()
+def watch_drops(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")]) -> None:
+    """Look once whether a new data drop lies among the shards, and tell the Prefect server when it is whole.
+
+    Example: mmimpute watch-drops run.toml    (deployed, it looks every five minutes: see `mmimpute deploy`)
+    """
+    from mmimpute import launch
+
+    read_config(config)
+    raise typer.Exit(launch.execute("drops", str(config)))
+
+
+@app.command()
+def deploy(
+    config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")],
+    name: Annotated[str, typer.Option(help="of the cohort's deployments and work queue; default: from the title")] = "",
+    pool: Annotated[str, typer.Option(help="Prefect work pool; made as a process pool where there is none")] = "mmimpute",
+    file: Annotated[Path | None, typer.Option(help="a changed copy of flows/prefect.yaml")] = None,
+) -> None:
+    """Register scheduled runs, data drops, retraining and the watcher with the Prefect server of PREFECT_API_URL.
+
+    Example: PREFECT_API_URL=http://127.0.0.1:4200/api mmimpute deploy run.toml
+
+    Deployed again under the same name, they are renewed. Runs of a cohort wait for each other in its work queue.
+    """
+    from mmimpute import launch
+
+    cohort = name or launch.slug(read_config(config).title)
+    code = launch.execute("deploying", str(config), cohort, pool, *([str(file)] if file else []))
+    if not code:
+        deployed = ", ".join(f"{flow}/{cohort}" for flow in ("population-run", "data-drop", "retrain", "watch"))
+        console.print(f"deployed: {escape(deployed)}; start a worker with `prefect worker start --pool {escape(pool)}`")
+    raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Argument(help="the run's configuration; default: the demo's")] = None,
+    home: Annotated[Path, typer.Option(help="where the object store and Prefect keep what they need")] = DEFAULT_HOME,
+    port: Annotated[int, typer.Option(help="of Prefect's server and user interface")] = 4200,
+) -> None:
+    """Try deployments out on this machine: an object store, a Prefect server, a worker and a deployed cohort, until Ctrl-C.
+
+    Example: mmimpute serve
+    """
+    from mmimpute import launch
+    from mmimpute.demo import prepare
+
+    config = config or prepare(home, 0)
+    raise typer.Exit(launch.execute("serving", str(home), str(port), str(config), launch.slug(read_config(config).title)))
+
+
+@runs_app.callback(invoke_without_command=True)
+def runs(context: typer.Context, output: Annotated[str, typer.Option(help="URL of the table, as given to `mmimpute impute`")]) -> None:
+    """List the runs that made a table, the newest first.
+
+    Example: mmimpute runs --output s3://bucket/enriched/
+    """
+    context.obj = output
+    if context.invoked_subcommand is None:
+        from mmimpute.runs import list_runs
+
+        console.print(runs_table(list_runs(output)))
+
+
+@runs_app.command("show")
+def show(context: typer.Context, run: Annotated[str, typer.Argument(help="its name, as `mmimpute runs` lists it")]) -> None:
+    """Show what one run did, and to which shards it took longest.
+
+    Example: mmimpute runs --output s3://bucket/enriched/ show impute-20260101T020000Z-1a2b3c4d
+    """
+    from mmimpute.runs import show_run
+
+    for part in run_tables(*show_run(context.obj, run)):
+        console.print(part)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What people see on a terminal: progress, tables, and errors without tracebacks."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from mmimpute.errors import MmimputeError
 
+SLOWEST = 5  # shards of a run that are shown
 LOG_WIDTH = 140  # of what is no terminal
 console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
 errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
@@ -80,3 +82,37 @@ def problems_table(problems: dict[str, list[str]]) -> Table:
     for shard, found in problems.items():
         table.add_row(escape(shard), escape("; ".join(found)))
     return table
+
+
+def runs_table(runs: list) -> Table:
+    """Of `runs.Run`s."""
+    table = Table("run", "started (UTC)", title="Runs, newest first")
+    for name in ("records", "shards", "done before", "set aside", "tries more", "seconds", "table version", "model"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        did = run.did or {"rows": 0, "shards": 0, "done_before": 0, "set_aside": 0, "retries": 0, "seconds": {"all": 0.0}}
+        counts = [f"{did[k]:,}" for k in ("rows", "shards", "done_before", "set_aside", "retries")]
+        version = "-" if run.version is None else str(run.version)
+        table.add_row(run.name, run.started, *counts, f"{did['seconds']['all']:,.1f}", version, run.lineage["model_digest"][:12])
+    return table
+
+
+def run_tables(run, shards) -> Iterator[Table]:
+    """A `runs.Run`, and of its shards (see `runs.show_run`) the slowest and those set aside."""
+    about = Table("", "", title=run.name, show_header=False)
+    told = {"started (UTC)": run.started, "table version": "none" if run.version is None else run.version}
+    told |= {"mmimpute": run.lineage["version"], "model": run.lineage["model"], "settings": json.dumps(run.lineage["settings"])}
+    told |= {f"inputs: {k}": v for k, v in run.lineage["inputs"].items()}
+    told |= {f"seconds: {k}": f"{s:,.1f}" for k, s in run.did["seconds"].items()} if run.did else {}
+    for name, value in told.items():
+        about.add_row(name, escape(str(value)))
+    yield about
+    if shards is None:
+        return
+    slowest = Table("shard", "records", "seconds", "tries", title="Slowest shards")
+    for row in shards.slice(0, SLOWEST).to_pylist():
+        slowest.add_row(escape(row["shard"]), f"{row['rows']:,}", f"{row['seconds']:.2f}", str(row["tries"]))
+    yield slowest
+    aside = [{"shard": row["shard"], "error": row["error"]} for row in shards.select(["shard", "error"]).to_pylist() if row["error"]]
+    if aside:
+        yield set_aside_table(aside)

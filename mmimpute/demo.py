@@ -17,7 +17,7 @@ from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.launch import run_flow, show_run
 from mmimpute.population import last_record
-from mmimpute.spec import read_spec
+from mmimpute.spec import read_config, read_spec
 
 BUCKET = "mmimpute-demo"
 SHARDS = 16
@@ -26,6 +26,27 @@ RESOURCES = files("mmimpute") / "resources"
 
 def run_demo(home: Path, rows: int) -> int:
     """Returns the exit code of the run."""
+    config = prepare(home, rows)
+    output = read_config(config).output
+    version = table_state(output).version
+    code = run_flow(config)
+    if code:
+        return code
+    show_run(output)
+    if table_state(output).version == version:
+        console.print("everything was done already; nothing was fitted or imputed again")
+    show_record(output)
+    local = config.with_suffix(".html")
+    report = last_record(output)["report_url"]
+    local.write_bytes(storage.read(*report.rsplit("/", 1)))
+    console.print(f"open the report {local}")
+    if rows:
+        console.print("note: resampled records are copies, so that no fold is of new people; the accuracy above is not that for new people")
+    return 0
+
+
+def prepare(home: Path, rows: int) -> Path:
+    """A running store with the cohort in it, in this process's environment too. Returns the run's configuration."""
     endpoint = store.start(home / "store")
     os.environ.update(endpoint.environment())
     store.create_bucket(endpoint, BUCKET)
@@ -34,21 +55,7 @@ def run_demo(home: Path, rows: int) -> int:
     url = f"s3://{BUCKET}/{name}"
     count = put_cohort(f"{url}/shards", rows)
     console.print(f"cohort          {url}/shards  ({count:,} records, {SHARDS} shards: NHANES 2017-2018{', resampled' if rows else ''})")
-    version = table_state(f"{url}/enriched").version
-    code = run_flow(write_config(home, name, url))
-    if code:
-        return code
-    show_run(f"{url}/enriched")
-    if table_state(f"{url}/enriched").version == version:
-        console.print("everything was done already; nothing was fitted or imputed again")
-    show_record(f"{url}/enriched")
-    local = home / f"{name}.html"
-    report = last_record(f"{url}/enriched")["report_url"]
-    local.write_bytes(storage.read(*report.rsplit("/", 1)))
-    console.print(f"open the report {local}")
-    if rows:
-        console.print("note: resampled records are copies, so that no fold is of new people; the accuracy above is not that for new people")
-    return 0
+    return write_config(home, name, url)
 
 
 def put_cohort(url: str, rows: int) -> int:

@@ -1,6 +1,5 @@
 """The jobs that the command line and the flows call: each one runs on Ray and leaves its result in storage."""
 
-import json
 import time
 from collections.abc import Callable
 
@@ -155,7 +154,8 @@ def impute_table(
                 on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
     seconds["all"] = time.perf_counter() - began
     done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": rows, "retries": retries, "seconds": seconds}
-    written = record.publish(storage.join(output, "_runs"), done | {"model": place, "version": mmimpute.__version__}) if record else None
+    run = done | lineage(found, place, settings) | {"set_aside": len(found_bad)}
+    written = record.publish(storage.join(output, "_runs"), run) if record else None
     return done | {"set_aside": found.set_aside | found_bad, "metrics": written}
 
 
@@ -164,17 +164,26 @@ def expected_outputs(found: Survey, place: str, settings: ImputeSettings) -> dic
     return table.expected(found.shards, registry.digest_of(place), settings_digest(settings))
 
 
-def commit_table(found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False) -> dict:
+def lineage(found: Survey, place: str, settings: ImputeSettings) -> dict:
+    """What a run's outputs come from. inputs: {shards: URL, number, digest of their names and ETags}; each output names its own."""
+    inputs = {"shards": found.url, "number": len(found.shards), "digest": found.fingerprint}
+    digests = {"model_digest": registry.digest_of(place), "settings_digest": settings_digest(settings)}
+    return {"version": mmimpute.__version__, "model": place, "inputs": inputs, "settings": settings.model_dump(mode="json")} | digests
+
+
+def commit_table(
+    found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False, run_record: str | None = None
+) -> dict:
     """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}.
 
-    prune: what was made from inputs that are no longer listed leaves the table.
+    prune: what was made from inputs that are no longer listed leaves the table. run_record: `metrics` of `impute_table`.
     """
     expected = expected_outputs(found, place, settings)
     wanted = [o for o in table.published(output) if o.key in expected]
     if not wanted:
         raise UserError(f"{output}: nothing was imputed, so nothing is committed; see the shards set aside")
-    lineage = {"version": mmimpute.__version__, "model": place, "shards": found.url, "settings": json.loads(settings.model_dump_json())}
-    done = table.commit(output, wanted, lineage, _gone(found.url, output) if prune else ())
+    told = lineage(found, place, settings) | {"run": run_record and run_record.rsplit("/", 1)[1]}
+    done = table.commit(output, wanted, told, _gone(found.url, output) if prune else ())
     return {"table": output, **done._asdict()}
 
 
@@ -198,7 +207,7 @@ def impute_cohort(
     place = registry.locate(model)
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
-    return imputed | {"committed": commit_table(found, place, output, settings, prune)}
+    return imputed | {"committed": commit_table(found, place, output, settings, prune, imputed["metrics"])}
 
 
 def verify_table(model: str, shards: str, output: str, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

@@ -1,6 +1,10 @@
-"""A run started from the command line, and what people see of it afterwards."""
+"""Flows started from the command line, and what people see of a run afterwards.
+
+Flows stand above the command line, so they are executed, not imported.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +15,16 @@ from mmimpute.console import accuracy_table, console, set_aside_table
 from mmimpute.population import last_record
 
 
-def run_flow(config: Path) -> int:
-    """Returns the flow's exit code. The flow stands above the command line, so it is executed, not imported."""
+def run_flow(config: Path, flow: str = "population") -> int:
+    """Returns the flow's exit code."""
     console.print("starting Prefect ...")
+    return execute(flow, str(config))
+
+
+def execute(module: str, *arguments: str) -> int:
+    """Runs a module of `flows/` in a process of its own and returns its exit code."""
     quiet = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}  # Prefect would print a user's mistake as a traceback
-    return subprocess.run([sys.executable, "-m", "flows.population", str(config)], env=quiet | os.environ, check=False).returncode
+    return subprocess.run([sys.executable, "-m", f"flows.{module}", *arguments], env=quiet | os.environ, check=False).returncode
 
 
 def show_run(output: str) -> None:
@@ -29,3 +38,8 @@ def show_run(output: str) -> None:
     console.print(f"enriched table  {escape(record['table_url'])}  (Delta Lake, version {record['table_version']})")
     console.print(f"model           {escape(record['model_url'])}")
     console.print(f"report          {escape(record['report_url'])}")
+
+
+def slug(title: str) -> str:
+    """A title as Prefect and shells like a name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "cohort"

@@ -13,7 +13,7 @@ LAYERS = [
     ("mmimpute.demo",),
     ("mmimpute.launch",),
     ("mmimpute.population",),
-    ("mmimpute.jobs",),
+    ("mmimpute.jobs", "mmimpute.runs", "mmimpute.drops"),
     ("mmimpute.cluster",),
     (
         "mmimpute.training",

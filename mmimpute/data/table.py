@@ -109,6 +109,17 @@ def _state(table: DeltaTable | None) -> TableState:
     return TableState(table.version(), frozenset(pa.table(table.get_add_actions())["path"].to_pylist()))
 
 
+def history(url: str) -> list[dict]:
+    """What every commit with a lineage was, newest first: {version, time, lineage}; nothing where there is no table."""
+    found = _open(url)
+    commits = found.history() if found else []
+    return [
+        {"version": c["version"], "time": datetime.fromtimestamp(c["timestamp"] / 1000, UTC), "lineage": json.loads(c["mmimpute"])}
+        for c in commits
+        if "mmimpute" in c
+    ]
+
+
 def commit(url: str, wanted: Iterable[Shard], lineage: dict, gone: Collection[str] = ()) -> Commit:
     """Makes exactly these objects the enriched versions of their input shards, in one commit.
 
