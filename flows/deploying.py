@@ -45,7 +45,8 @@ def deploy(config: RunConfig, cohort: str, pool: str = "mmimpute", file: Path = 
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", place.name]
         done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{file}: Prefect refuses it: {(done.stdout + done.stderr).strip()[-1000:]}")
+        told = done.stdout + done.stderr
+        raise UserError(f"{file}: Prefect refuses it: {told[told.find('Response: ') :][:1000].strip()}")
     _ensure_crash_detection()
 
 
