@@ -1,6 +1,7 @@
 """Real parts, started once: an object store, a Ray cluster, a Prefect server; and cohorts with known answers."""
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,12 @@ def bucket(endpoint, request):
 def place(request, tmp_path):
     """The URL of an empty place: once on this machine's disk, once in the object store."""
     return str(tmp_path / "place") if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def linear_cohort(rows: int, seed: int = 0, first: int = 0) -> pa.Table:

@@ -3,11 +3,8 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +23,6 @@ SETTINGS = "[fit]\nworkers = 2\nepochs = 3\nbatch_size = 64\n[cluster]\ncpus = 4
 
 
 @pytest.fixture(scope="module")
-def prefect_server(tmp_path_factory):
-    """A Prefect server of its own, on a free port. Yields its API's URL."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui"]
-    with open(home / "log", "wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    else:
-        pytest.fail((home / "log").read_text()[-2000:])
-    yield url
-    server.terminate()
-    server.wait(20)
-
-
-@pytest.fixture(scope="module")
 def run(endpoint, tmp_path_factory):
     """(config file, URL of the bucket's folder): a cohort of four good shards, and one bad inside."""
     store.create_bucket(endpoint, "flow")
@@ -65,17 +37,10 @@ def run(endpoint, tmp_path_factory):
     return config, url
 
 
-def run_cli(config: Path, home: Path, api: str | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PREFECT_HOME": str(home)} | ({"PREFECT_API_URL": api} if api else {})
+def run_cli(config: Path, home: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PREFECT_HOME": str(home)}
     command = [sys.executable, "-m", "mmimpute.cli", "run", str(config)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-
-
-def artifacts(api: str) -> dict[str, dict]:
-    body = json.dumps({"limit": 50}).encode()
-    request = urllib.request.Request(f"{api}/artifacts/latest/filter", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return {a["key"]: a for a in json.load(answer)}
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +71,6 @@ def test_no_identifier_leaves_the_data(first, run):
     for text in (first.stdout, first.stderr, record, page):
         assert "planted-id-4711" not in text
         assert not any(f"s{i:06d}" in text for i in range(800))
-
-
-def test_a_second_run_on_a_server_finds_all_done(first, run, prefect_server, tmp_path):
-    config, url = run
-    before, model = table_state(f"{url}/output"), storage.read(f"{url}/model", "champion.json")
-    again = run_cli(config, tmp_path, prefect_server)
-    assert again.returncode == 3, again.stderr[-3000:]
-    assert table_state(f"{url}/output") == before
-    assert storage.read(f"{url}/model", "champion.json") == model
-    left = artifacts(prefect_server)
-    assert {"plan", "model", "accuracy", "commit", "report"} <= left.keys()
-    assert "planted-id-4711" not in json.dumps(left)
-    storage_keys = [o.key for o in storage.list_objects(f"{url}/output/_runs", ".html")]
-    assert len(storage_keys) == 1
 
 
 def test_what_is_tried_again():
