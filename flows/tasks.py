@@ -6,9 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
-from mmimpute import population
+from mmimpute import card, population
 from mmimpute.console import console, watch
 from mmimpute.errors import MmimputeError, Unreachable
 from mmimpute.spec import RunConfig
@@ -55,8 +61,32 @@ def plan(config: RunConfig) -> Record:
 def fit(config: RunConfig, plan_name: str) -> Record:
     with progress("fit", "epoch", "epochs") as update:
         fitted = population.fit(config, plan_name, update)
-    create_link_artifact(fitted["model"], key="model", description="trained" if fitted["trained"] else "the champion still stands")
+    create_link_artifact(fitted["model"], key="model", description=fitted["reason"])
     return fitted
+
+
+@task(**RETRIES)
+def challenge(config: RunConfig, plan_name: str) -> Record:
+    with progress("challenge", "epoch", "epochs") as update:
+        fitted = population.challenge(config, plan_name, update)
+    create_link_artifact(fitted["model"], key="challenger", description="trained" if fitted["trained"] else "fitted before")
+    return fitted
+
+
+@task(**RETRIES)
+def judge(config: RunConfig, plan_name: str, fitted: Record) -> Record:
+    decision = population.judge(config, plan_name, fitted["digest"])
+    rows = [dict(zip(("compared", *card.GATE[1:]), row, strict=True)) for row in card.gate_rows(decision)]
+    create_table_artifact(rows or [{"decision": decision["reason"]}], key="gate", description=decision["reason"])
+    create_markdown_artifact(population.model_card(fitted["model"]), key="card")
+    return decision
+
+
+@task(**RETRIES)
+def settle(config: RunConfig, fitted: Record, decision: Record) -> Record:
+    settled = population.settle(config, fitted, decision)
+    create_link_artifact(settled["model"], key="model", description=settled["reason"])
+    return settled
 
 
 @task(**RETRIES)

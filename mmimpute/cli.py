@@ -27,6 +27,7 @@ Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; def
 StoreFolder = Annotated[Path, typer.Option(help="where the store keeps its data, credentials and log")]
 DEFAULT_HOME = Path(".mmimpute")
 MOST_FEATURES = 12  # shown of a modality
+LEFT = ("modality", "feature", "kind", "kinds", "range", "model", "fitted", "what it is", "decision")  # columns of text
 
 
 @app.callback(invoke_without_command=True)
@@ -85,7 +86,7 @@ def _show_profile(profile: dict) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("modality", "feature", "kind", "kinds", "range") else "right")
+        table.add_column(column, justify="left" if column in LEFT else "right")
     return table
 
 
@@ -100,18 +101,67 @@ def fit(
     pattern: Annotated[bool, typer.Option("--pattern/--no-pattern", help="what is missing of a record is an input too")] = True,
     address: Address = None,
 ) -> None:
-    """Fit a model to a cohort; a second call resumes, or finds that the model still stands.
+    """Fit a model to a cohort and make it the champion; a second call resumes, or finds that the model still stands.
+
+    No comparison is made with the champion that was: `mmimpute retrain` does that, and `mmimpute rollback` returns to it.
 
     Example: mmimpute fit --spec cohort.toml --shards s3://bucket/cohort/ --model s3://bucket/model/
     """
-    from mmimpute import jobs, planning
+    from mmimpute import planning, retraining
 
-    found = planning.survey(shards, read_spec(spec))
+    cohort = read_spec(spec)
+    found = planning.survey(shards, cohort)
     settings = FitSettings(workers=workers, epochs=epochs, seed=seed, pattern=pattern)
-    fitted = jobs.fit_model(found, model, settings, ClusterSettings(address=address), watch("fit"))
+    fitted = retraining.renew(found, cohort, model, settings, None, ClusterSettings(address=address), watch("fit"))
     what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
     console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")
     _finish(found.set_aside | fitted["set_aside"])
+
+
+@app.command()
+def retrain(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file, as for `mmimpute run`")]) -> None:
+    """Fit a challenger to the shards as they are now, hold it against the champion, and promote it if it is better.
+
+    A Prefect flow: plan, challenge, judge, settle. The table \\[gate] of the file says how much worse than the champion a challenger may
+    be anywhere. Nothing is imputed: `mmimpute run` does that, with the champion.
+
+    Example: mmimpute retrain run.toml
+    """
+    from mmimpute import launch
+
+    model = read_config(config).model  # mistakes are told before Prefect starts
+    code = launch.run_flow(config, "retraining")
+    if code in (0, 3):
+        models(model)
+    raise typer.Exit(code)
+
+
+@app.command()
+def models(model: ModelUrl) -> None:
+    """List the models that stand at a URL: which is the champion, which were, and why the others were kept.
+
+    Example: mmimpute models --model s3://bucket/model/
+    """
+    from mmimpute import registry
+
+    found = _table(f"Models at {escape(model)}", "model", "fitted", "records", "what it is", "decision")
+    for entry in registry.listed(model):
+        rows = "-" if entry.rows is None else f"{entry.rows:,}"
+        found.add_row(entry.digest[:12], entry.fitted or "-", rows, entry.role, escape(entry.reason or "-"))
+    console.print(found)
+
+
+@app.command()
+def rollback(model: ModelUrl) -> None:
+    """Make the former champion the champion again. A second call goes back one further.
+
+    The one that was rolled back is not promoted again by `mmimpute retrain` or `run`, but a challenger of newer data may be.
+
+    Example: mmimpute rollback --model s3://bucket/model/
+    """
+    from mmimpute import registry
+
+    console.print(f"champion again: model {registry.rollback(model)[:12]}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ Skill = 1 - loss / loss of the training marginal; loss = CRPS of Gaussian(mean, 
 and categorical features. 0 = no better than ignoring the record, 1 = perfect.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,9 +63,32 @@ def evaluate(model: Model, x: np.ndarray, folds: np.ndarray, marginals: dict) ->
     Per modality: the records that hold it and something else, with the whole modality hidden. marginals: mean and std
     of the training data's columns (see `profile.marginals`). Modalities seen in fewer than SMALLEST_GROUP records are left out.
     """
+    found = {}
+    for turn in turns(model, x, folds):
+        said = _joined([_ask(member, part, model.widths, turn.at) for member, part in turn.parts])
+        m0, s0 = (np.array(marginals[turn.modality.name][name]) for name in ("mean", "std"))
+        found[turn.modality.name] = _score(turn.modality, turn.truth, said, m0, s0)
+    return {"rows": len(x), "modalities": found}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One modality hidden. at: which; rows: the records that hold it and something else, by fold; truth: what was hidden, n x D.
+
+    parts: each member with the records, of that order, that it is asked about.
+    """
+
+    modality: Modality
+    at: int
+    rows: np.ndarray
+    truth: np.ndarray
+    parts: list[tuple[Imputer, np.ndarray]]
+
+
+def turns(model: Model, x: np.ndarray, folds: np.ndarray) -> Iterator[Turn]:
+    """Every imputed modality in turn, but for those seen in fewer than SMALLEST_GROUP records. As in `evaluate`."""
     members = [model.module.member(e) for e in range(model.module.config.members)]
     starts = np.cumsum([0, *model.widths])
-    found = {}
     for at, modality in enumerate(model.schema.modalities):
         own = slice(starts[at], starts[at + 1])
         others = np.delete(x, np.arange(own.start, own.stop), axis=1)
@@ -76,10 +99,8 @@ def evaluate(model: Model, x: np.ndarray, folds: np.ndarray, marginals: dict) ->
             truth = hidden[:, own].copy()
             hidden[:, own] = np.nan
             parts = np.split(hidden, np.cumsum([len(o) for o in order])[:-1])
-            said = _joined([_ask(member, part, model.widths, at) for member, part in zip(members, parts, strict=True) if len(part)])
-            m0, s0 = (np.array(marginals[modality.name][name]) for name in ("mean", "std"))
-            found[modality.name] = _score(modality, truth, said, m0, s0)
-    return {"rows": len(x), "modalities": found}
+            asked = [(member, part) for member, part in zip(members, parts, strict=True) if len(part)]
+            yield Turn(modality, at, np.concatenate(order), truth, asked)
 
 
 def _ask(member: Imputer, x: np.ndarray, widths: Sequence[int], at: int) -> Hidden:
@@ -118,7 +139,7 @@ def _score(modality: Modality, y, said: Hidden, m0, s0) -> dict:
         "experts": _experts(modality, y, said, m0, s0),
         "interval90": _covered(y[:, real], said.lower[:, real], said.upper[:, real]),
         **_intervals(y[:, numbers], mean[:, numbers], std[:, numbers]),
-        **_reliability(y[:, binary], mean[:, binary]),
+        **reliability(y[:, binary], mean[:, binary]),
         "distributions": [_distribution(f.name, y[:, d], draws[:, d]) for d, f in enumerate(modality.features) if f.kind != "categorical"][
             :12
         ],
@@ -176,7 +197,7 @@ def _intervals(y, mean, std) -> dict:
     return {"cover90": covered[NOMINAL.index(0.9)], "calibration": {"nominal": list(NOMINAL), "observed": covered}, "pit": pit}
 
 
-def _reliability(y, p) -> dict:
+def reliability(y, p) -> dict:
     """Expected calibration error over ten equal bins, pooled over features."""
     seen = ~np.isnan(y)
     if seen.sum() < SMALLEST_GROUP:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import mmimpute
 from mmimpute import metrics, registry
@@ -55,16 +56,8 @@ def fingerprint(found: Survey, settings: FitSettings) -> str:
     return table.digest(found.fingerprint, chosen, mmimpute.__version__)
 
 
-def standing_champion(home: str, fitted_on: str) -> str | None:
-    """The champion's digest, if it was fitted on just this."""
-    name = registry.champion(home)
-    if name and registry.describe(home).fitted_on == fitted_on:
-        return name
-    return None
-
-
 def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterSettings, on_progress: Progress = ignore) -> dict:
-    """Fits a model and makes it the champion, unless the champion was fitted on just this.
+    """Fits a challenger, unless a model of this home was fitted on just this; it is nobody's champion yet.
 
     Returns {digest, model (its URL), trained, set_aside, seconds}.
     """
@@ -72,11 +65,9 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
 
     began = time.perf_counter()
     fitted_on = fingerprint(found, settings)
-    name = standing_champion(home, fitted_on)
+    name = registry.fitted_on(home, fitted_on)
     if name:
-        place = storage.join(home, name)
-        aside = registry.read_record(place, "set_aside") or {}
-        return {"digest": name, "model": place, "trained": False, "set_aside": aside, "seconds": 0.0}
+        return known_model(home, name, fitted_on)
     with runtime.cluster(cluster):
         seen, bad = _observe(found, on_progress)
         schema, seen = profile.settle(found.schema, seen)
@@ -84,17 +75,31 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: {rows} records; a model needs {LEAST_ROWS} or more")
         statistics = profile.feature_statistics(schema, seen)
-        layouts = _layouts(found, bad, schema)
-        job = training.Job(fitted_on, found.url, layouts, schema, model_config(schema, rows, settings), statistics, rows, settings)
-        fitted = training.fit(job, home, on_progress)
+        layouts, config = _layouts(found, bad, schema), model_config(schema, rows, settings)
+        start = _start(home, config) if settings.warm_start else None
+        run = table.digest(fitted_on, start or "")
+        fitted = training.fit(training.Job(run, found.url, layouts, schema, config, statistics, rows, settings, start), home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = storage.join(home, name)
         beside = {"profile": profile.report(schema, seen), "marginals": profile.marginals(schema, seen)}
-        for record, value in (beside | {"history": fitted.history, "set_aside": bad}).items():
+        facts = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "rows": rows, "shards": len(found.shards), "start": start}
+        for record, value in (beside | {"history": fitted.history, "set_aside": bad, "fitted": facts}).items():
             registry.write_record(place, record, value)
-        registry.promote(home, name)
-        training.clear(home, fitted_on)
+        training.clear(home, run)
     return {"digest": name, "model": place, "trained": True, "set_aside": bad, "seconds": time.perf_counter() - began}
+
+
+def known_model(home: str, name: str, fitted_on: str) -> dict:
+    """What `fit_model` says of a model that need not be fitted. Set aside is what was so when a model was fitted on just this."""
+    fitted = registry.fitted_on(home, fitted_on)
+    aside = registry.read_record(storage.join(home, fitted), "set_aside") if fitted else None
+    return {"digest": name, "model": storage.join(home, name), "trained": False, "set_aside": aside or {}, "seconds": 0.0}
+
+
+def _start(home: str, config: ModelConfig) -> str | None:
+    """The champion's place, where its sizes and kinds are these: then its member e has not seen fold e either."""
+    name = registry.champion(home)
+    return storage.join(home, name) if name and registry.load(home).module.config == config else None
 
 
 def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[list[Shard]]:
@@ -118,16 +123,15 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
     Raises UserError where no subject is in a fold.
     """
     from mmimpute.evaluation import evaluate, most_records
+    from mmimpute.gate import held_out
 
     model = registry.load(place)
     with runtime.cluster(cluster):
-        bad = registry.read_record(place, "set_aside") or {}
-        members = model.module.config.members
-        judges = ingest.records(found.url, _layouts(found, bad, model.schema), model.schema, lambda place: fold(place, members) >= 0)
-        x, place = ingest.take(judges, most_records(model.schema.width))
-    if x is None or not len(x):
+        most = most_records(model.schema.width)
+        asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, model), most)
+    if not len(asked.x):
         raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
-    return evaluate(model, x, fold(place, members), registry.read_record(model.url, "marginals"))
+    return evaluate(model, asked.x, fold(asked.place, model.module.config.members), registry.read_record(model.url, "marginals"))
 
 
 def impute_table(

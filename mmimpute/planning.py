@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,12 +41,21 @@ def survey(url: str, spec: CohortSpec) -> Survey:
     """
     shards, footers, errors = _footers(url)
     arrow = common_schema([f.schema.to_arrow_schema() for f in footers.values()], errors)
+    if unknown := [c for c in spec.subgroups if c not in arrow.names or is_list(storage_type(arrow.field(c).type))]:
+        raise UserError(f"spec: subgroups names {unknown[0]!r}, which is no column of single values in the shards")
     named = [m.column for m in spec.modalities.values() if m.column in arrow.names]
     lists = [c for c in named if is_list(storage_type(arrow.field(c).type))]
     widths = list_widths(url, [s for s in shards if s.key in footers], lists)
     if unknown := set(lists) - set(widths):
         raise UserError(f"spec: column {sorted(unknown)[0]!r} holds no list in any shard; leave its modality out")
     return _checked(url, draft_schema(spec, arrow, widths), shards, footers, errors)
+
+
+def outcome_columns(found: Survey, spec: CohortSpec) -> list[str]:
+    """The columns of single values among a cohort's outcomes, by its first few shards."""
+    _, footers, errors = _read_footers(found.url, found.shards[:FIRST])
+    arrow = common_schema([f.schema.to_arrow_schema() for f in footers.values()], errors)
+    return [f.name for f in arrow if any(fnmatchcase(f.name, p) for p in spec.outcomes) and not is_list(storage_type(f.type))]
 
 
 def columns_of(url: str) -> pa.Schema:

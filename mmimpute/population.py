@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import mmimpute
-from mmimpute import jobs, planning, registry
+from mmimpute import jobs, planning, registry, retraining
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import digest, outstanding, table_state
@@ -33,12 +33,18 @@ def plan(config: RunConfig) -> Record:
     found = planning.survey(config.shards, config.spec)
     name = f"plan-{digest(found.fingerprint, config.model_dump_json())}.parquet"
     publish_table(_runs(config), name, planning.to_table(found))
-    champion = jobs.standing_champion(config.model, jobs.fingerprint(found, config.fit))
     new = len(found.shards)
-    if champion:
+    if _standing(config, found):
         new = len(outstanding(config.output, jobs.expected_outputs(found, registry.locate(config.model), config.impute)))
     total = len(found.shards) + len(found.set_aside)
     return {"plan": name, "shards": total, "rows": found.rows, "new": new, "set_aside": found.set_aside}
+
+
+def _standing(config: RunConfig, found: Survey) -> str | None:
+    """The champion's digest, if the run will impute with it as it is."""
+    if not config.retrain:
+        return registry.champion(config.model)
+    return retraining.standing_champion(config.model, jobs.fingerprint(found, config.fit), config.gate)
 
 
 def read_plan(config: RunConfig, name: str) -> Survey:
@@ -46,8 +52,32 @@ def read_plan(config: RunConfig, name: str) -> Survey:
 
 
 def fit(config: RunConfig, plan_name: str, on_progress: Progress = ignore) -> Record:
-    """Fits the champion, or says that it still stands. Returns what `jobs.fit_model` does."""
+    """The champion that the run imputes with: the one that stands, or what `retraining.renew` makes of it. Returns what that does."""
+    found = read_plan(config, plan_name)
+    name = registry.champion(config.model)
+    if name and not config.retrain:
+        return jobs.known_model(config.model, name, jobs.fingerprint(found, config.fit)) | {"reason": retraining.STANDS}
+    return retraining.renew(found, config.spec, config.model, config.fit, config.gate, config.cluster, on_progress)
+
+
+def challenge(config: RunConfig, plan_name: str, on_progress: Progress = ignore) -> Record:
+    """Fits a challenger, or finds it. Returns what `jobs.fit_model` does."""
     return jobs.fit_model(read_plan(config, plan_name), config.model, config.fit, config.cluster, on_progress)
+
+
+def judge(config: RunConfig, plan_name: str, challenger: str) -> Record:
+    """Holds a challenger, by its digest, against the champion. Returns the decision (see `retraining.judge_model`)."""
+    return retraining.judge_model(read_plan(config, plan_name), config.spec, config.model, challenger, config.gate, config.cluster)
+
+
+def model_card(model: str) -> str:
+    """The page that stands beside a model, in Markdown."""
+    return storage.read(model, "card.md").decode()
+
+
+def settle(config: RunConfig, fitted: Record, decision: Record) -> Record:
+    """Promotes the challenger, or keeps it. Returns what `retraining.settle` does."""
+    return retraining.settle(config.model, fitted, decision)
 
 
 def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
@@ -117,7 +147,8 @@ def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str,
 
 def set_aside(stages: dict[str, Record]) -> dict[str, str]:
     """Every shard that some stage set aside, with the reason."""
-    return {shard: error for name in ("plan", "fit", "impute") for shard, error in stages.get(name, {}).get("set_aside", {}).items()}
+    found = (stages.get(name, {}).get("set_aside", {}) for name in ("plan", "fit", "challenge", "impute"))
+    return {shard: error for aside in found for shard, error in aside.items()}
 
 
 def raise_if_set_aside(aside: dict[str, str]) -> None:

@@ -2,8 +2,8 @@
 
     <home>/<digest>/model.json           schema, model config, what it was fitted on
     <home>/<digest>/model.safetensors    weights and standardisation
-    <home>/<digest>/{profile,marginals,history,set_aside,evaluation}.json
-    <home>/champion.json                 which of them production uses
+    <home>/<digest>/{profile,marginals,history,set_aside,fitted,gate,card,evaluation}.json, card.md
+    <home>/champion.json                 which of them production uses, which it used before, which were taken back
 
 Nothing is unpickled: JSON is validated and weights are safetensors, so a model file from outside cannot run code.
 """
@@ -13,9 +13,9 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
 from safetensors.torch import save as save_weights
@@ -29,6 +29,7 @@ from mmimpute.model.imputer import Imputer
 
 CHAMPION = "champion.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
+Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 
 
 class ModelFile(BaseModel):
@@ -39,6 +40,15 @@ class ModelFile(BaseModel):
     fitted_on: str
     cohort: CohortSchema
     config: dict[str, Any]
+
+
+class Alias(BaseModel):
+    """champion.json. former: earlier champions, to the last of which a rollback returns; withdrawn: what was rolled back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    digest: Digest
+    former: tuple[Digest, ...] = ()
+    withdrawn: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,21 +85,96 @@ def _digest(file: bytes, weights: bytes) -> str:
 
 
 def promote(home: str, name: str) -> None:
-    """Makes a model the champion: one atomic write."""
-    storage.write(home, CHAMPION, json.dumps({"digest": name}).encode())
+    """Makes a model the champion: one atomic write, that also keeps which was champion before."""
+    now = alias(home)
+    if now is None:
+        _point(home, Alias(digest=name))
+    elif now.digest != name:
+        withdrawn = tuple(d for d in now.withdrawn if d != name)
+        _point(home, Alias(digest=name, former=(*now.former, now.digest), withdrawn=withdrawn))
+
+
+def rollback(home: str) -> str:
+    """Makes the former champion the champion again, in one atomic write, and returns its digest.
+
+    A second call goes back one further. What was rolled back is not promoted again by a gate. Raises UserError where there is none.
+    """
+    now = alias(home)
+    if now is None or not now.former:
+        raise UserError(f"{home}: no former champion to return to; `mmimpute models --model {home}` lists what is there")
+    name = now.former[-1]
+    if not storage.exists(storage.join(home, name), "model.json"):
+        raise UserError(f"{storage.join(home, name)}: the former champion is no longer there")
+    withdrawn = (*(d for d in now.withdrawn if d not in (name, now.digest)), now.digest)
+    _point(home, Alias(digest=name, former=now.former[:-1], withdrawn=withdrawn))
+    return name
+
+
+def _point(home: str, alias: Alias) -> None:
+    storage.write(home, CHAMPION, alias.model_dump_json().encode())
+
+
+def alias(home: str) -> Alias | None:
+    """Which model is the champion, and which were; None where there is none. Raises UserError for an alias that names no digest."""
+    try:
+        return Alias.model_validate_json(storage.read(home, CHAMPION))
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        place = storage.join(home, CHAMPION)
+        raise UserError(f"{place}: not a champion alias; fit a model, or write {{'digest': ...}} anew") from None
 
 
 def champion(home: str) -> str | None:
-    """The digest of the champion, or None. Raises UserError for an alias that names no digest."""
-    try:
-        found = json.loads(storage.read(home, CHAMPION))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not DIGEST.fullmatch(str(found.get("digest"))):
-        raise UserError(f"{storage.join(home, CHAMPION)}: not a champion alias; fit a model, or write {{'digest': ...}} anew")
-    return found["digest"]
+    """The digest of the champion, or None. Raises UserError as `alias`."""
+    found = alias(home)
+    return found and found.digest
+
+
+def digests(home: str) -> list[str]:
+    """Every model of a home."""
+    if not storage.is_s3(home) and not storage.local_path(home).exists():  # a local home is made by its first model
+        return []
+    names = (o.key.removesuffix("/model.json") for o in storage.list_objects(home, "/model.json"))
+    return [n for n in names if DIGEST.fullmatch(n)]
+
+
+def fitted_on(home: str, fingerprint: str) -> str | None:
+    """The model that was fitted on just this, and is whole: the record `fitted` is written last."""
+    for name in digests(home):
+        place = storage.join(home, name)
+        if describe(place).fitted_on == fingerprint and storage.exists(place, "fitted.json"):
+            return name
+    return None
+
+
+class Listed(NamedTuple):
+    """A model of a home. role: champion, former champion, rolled back or challenger; reason: of the gate's decision."""
+
+    digest: str
+    fitted: str | None
+    rows: int | None
+    role: str
+    reason: str | None
+
+
+def listed(home: str) -> list[Listed]:
+    """The models of a home, newest first. Raises UserError where there is none."""
+    found, now = [], alias(home)
+    for name in digests(home):
+        place = storage.join(home, name)
+        fitted, gate = read_record(place, "fitted") or {}, read_record(place, "gate") or {}
+        found.append(Listed(name, fitted.get("at"), fitted.get("rows"), _role(name, now), gate.get("reason")))
+    if not found:
+        raise UserError(f"{home}: no model there; give the URL that `mmimpute fit --model` wrote to")
+    return sorted(found, key=lambda m: m.fitted or "", reverse=True)
+
+
+def _role(name: str, now: Alias | None) -> str:
+    if now is None:
+        return "challenger"
+    roles = {"champion": (now.digest,), "rolled back": now.withdrawn, "former champion": now.former}
+    return next((role for role, names in roles.items() if name in names), "challenger")
 
 
 def locate(url: str) -> str:

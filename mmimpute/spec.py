@@ -56,6 +56,7 @@ class CohortSpec(_Settings):
     subject_id: str = "subject_id"
     timestamp: str | None = Field(None, description="event time, for feature stores; never an input to the model")
     outcomes: tuple[str, ...] = Field((), description="columns (a trailing * is a wildcard) that the model never reads")
+    subgroups: tuple[str, ...] = Field((), description="scalar columns (sex, age, ...) by whose groups a model card tells the accuracy")
     modalities: dict[Annotated[str, AfterValidator(_name)], ModalitySpec] = Field(min_length=1)
 
 
@@ -71,9 +72,26 @@ class FitSettings(_Settings):
     cache_share: float = Field(0.25, ge=0, le=0.9, description="of a host's memory that its workers may fill with training records")
     checkpoint_seconds: float = Field(20, ge=0, description="at most between two checkpoints, or one epoch")
     z0: int | None = Field(None, ge=1, description="width of the shared latent")
+    warm_start: bool = Field(False, description="start from the champion's weights, where its sizes and kinds are the same")
     pattern: bool = Field(
         True, description="the pattern of missing modalities is an input of q(z0): models data that are missing not at random"
     )
+
+
+class GateSettings(_Settings):
+    """When a challenger takes the champion's place: it is better beyond noise, and worse nowhere beyond a tolerance.
+
+    Losses are shares of what the column mean loses (1 - skill), so 0.01 is one point of skill.
+    """
+
+    tolerance: float = Field(0.01, ge=0, description="by how much the loss of any one modality or outcome may grow")
+    likelihood_tolerance: float = Field(0.05, ge=0, description="by how many nats a value a modality's log-likelihood may fall")
+    calibration_tolerance: float = Field(
+        0.02, ge=0, description="by how much a modality's calibration error may grow: |share inside 90% intervals - 0.9|, or ECE of codes"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the two-sided interval of the overall gain, which has to lie above 0")
+    resamples: int = Field(2000, ge=100, description="of the subjects, to find that interval (paired bootstrap)")
+    seed: int = 0
 
 
 class ImputeSettings(_Settings):
@@ -103,7 +121,9 @@ class RunConfig(_Settings):
     model: str
     output: str
     prune: bool = Field(False, description="what was made from inputs that are gone leaves the table")
+    retrain: bool = Field(True, description="new data: fit a challenger and let the gate decide; false: the champion imputes them as it is")
     fit: FitSettings = FitSettings()
+    gate: GateSettings = GateSettings()
     impute: ImputeSettings = ImputeSettings()
     cluster: ClusterSettings = ClusterSettings()
 

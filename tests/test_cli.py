@@ -47,6 +47,9 @@ def test_all_commands_are_there():
         "vacuum",
         "verify",
         "run",
+        "retrain",
+        "models",
+        "rollback",
         "demo",
         "store start",
         "store stop",
@@ -57,6 +60,7 @@ def test_all_commands_are_there():
 @pytest.fixture
 def folder(tmp_path, spec_file):
     write_cohort(str(tmp_path / "shards"), rows=60, shards=2)
+    (tmp_path / "groups.toml").write_text('subgroups = ["dx__site", "labs"]\n' + spec_file.read_text())
     return tmp_path
 
 
@@ -70,6 +74,10 @@ MISTAKES = {
     ),
     "no bucket": (["describe", "s3://never-made/x"], "there is no such bucket"),
     "no run file": (["run", "{0}/none.toml"], "none.toml: no such file"),
+    "nothing to retrain": (["retrain", "{0}/none.toml"], "none.toml: no such file"),
+    "nothing to roll back": (["rollback", "--model", "{0}/m"], "no former champion to return to"),
+    "no models": (["models", "--model", "{0}/m"], "no model there"),
+    "no such subgroup": (["fit", "--spec", "{0}/groups.toml", "--shards", "{0}/shards", "--model", "{0}/m"], "subgroups names 'labs'"),
     "wrong scheme": (["describe", "gs://bucket/x"], "expected s3://bucket/prefix"),
     "no option": (["fit", "--spec", "{0}/cohort.toml"], "Missing option"),
     "another cohort": (["generate-cohort", "{0}/shards", "--rows", "10"], "holds something else than this cohort"),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmimpute import population, store
+from mmimpute import population, registry, store
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
@@ -108,3 +108,28 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     assert steps == [100.0, 100.0, 50.0, 100.0, 100.0]  # fit: one epoch, then done; impute: two shards, then done
     assert np.isfinite(list(stages["evaluate"]["skill"].values())).all()
     assert flow.population_run.fn(config)["plan"]["new"] == 0
+    retrained(config, monkeypatch)
+
+
+def retrained(config: RunConfig, monkeypatch) -> None:
+    """A third shard, and a challenger that starts from the champion and is held against it."""
+    from flows import retraining as flow
+    from flows import tasks
+
+    publish_table(config.shards, "part-002.parquet", linear_cohort(100, seed=9, first=5000))
+    config = config.model_copy(update={"fit": config.fit.model_copy(update={"warm_start": True})})
+    for name in ("plan", "challenge", "judge", "settle"):
+        monkeypatch.setattr(flow, name, getattr(flow, name).fn)
+    shown = {}
+    monkeypatch.setattr(tasks, "create_table_artifact", lambda table, key, **_: shown.update({key: table}))
+    monkeypatch.setattr(tasks, "create_markdown_artifact", lambda markdown, key: shown.update({key: markdown}))
+    champion = registry.champion(config.model)
+    stages = flow.retrain.fn(config)
+    challenger, decision = stages["challenge"], stages["judge"]
+    assert challenger["trained"] and registry.read_record(challenger["model"], "fitted")["start"].endswith(champion)
+    assert decision["champion"] == champion and set(decision["modalities"]) == {"labs", "rna", "dx"}
+    expected = challenger["digest"] if decision["promoted"] else champion
+    assert stages["settle"]["digest"] == registry.champion(config.model) == expected
+    assert [row["compared"] for row in shown["gate"]] == ["overall", "labs", "rna", "dx", "outcome__died"]
+    assert "## Gate" in shown["card"]
+    assert not flow.retrain.fn(config)["challenge"]["trained"]

@@ -6,13 +6,13 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from mmimpute import jobs, planning, registry
+from mmimpute import jobs, planning, registry, retraining
 from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_spec
+from mmimpute.spec import ClusterSettings, FitSettings, GateSettings, ImputeSettings, read_spec
 from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
@@ -54,7 +54,7 @@ def cohort(endpoint, bucket_url, tmp_path_factory):
             jobs.fit_model(found, home, FIT, CLUSTER, epochs.append)
     trained = [e["epoch"] for e in epochs if "epoch" in e]
     assert trained == list(range(1, len(trained) + 1))
-    fitted = jobs.fit_model(found, home, FIT, CLUSTER, epochs.append)
+    fitted = retraining.renew(found, read_spec(spec), home, FIT, GateSettings(), CLUSTER, epochs.append)
     assert [e["epoch"] for e in epochs if "epoch" in e] == trained, "a finished training run was done again"
     return shards, spec, home, fitted, len(trained)
 
@@ -151,10 +151,13 @@ def test_shards_that_spell_their_types_differently_are_read_together(tmp_path, s
     layouts = planning.by_layout(found.url, found.shards, found.schema.columns)
     assert [len(group) for group in layouts] == [1, 1]
     schema = registry.describe(small_cohort[2]).cohort
-    x, place = ingest.take(ingest.records(found.url, layouts, schema), 1000)
+    batches = list(ingest.records(found.url, layouts, schema).iter_batches(batch_format="numpy", batch_size=None))
+    x, place = (np.concatenate([b[name] for b in batches]) for name in ("x", "place"))
     assert x.shape == (400, 13) and len(np.unique(place)) == 400
-    few, _ = ingest.take(ingest.records(found.url, layouts, schema, lambda p: p < np.median(place)), 1000)
-    assert len(few) == 200
+    few = ingest.judges(found.url, found.shards, schema, lambda p: p < np.median(place), 150, ["dx__site", "dx__none"])
+    order = np.argsort(place)[:150]
+    assert np.array_equal(few.place, place[order]) and np.array_equal(few.x, x[order], equal_nan=True)
+    assert set(few.beside["dx__site"]) == {"", "colon", "lung"} and set(few.beside["dx__none"]) == {""}
 
 
 def test_describe_drafts_a_spec_that_works(cohort, tmp_path):

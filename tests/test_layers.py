@@ -13,6 +13,7 @@ LAYERS = [
     ("mmimpute.demo",),
     ("mmimpute.launch",),
     ("mmimpute.population",),
+    ("mmimpute.retraining",),
     ("mmimpute.jobs", "mmimpute.runs", "mmimpute.drops"),
     ("mmimpute.cluster",),
     (
@@ -24,6 +25,8 @@ LAYERS = [
         "mmimpute.generating",
         "mmimpute.simulating",
         "mmimpute.evaluation",
+        "mmimpute.gate",
+        "mmimpute.card",
         "mmimpute.report",
     ),
     ("mmimpute.registry", "mmimpute.planning", "mmimpute.drafting"),

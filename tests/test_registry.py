@@ -77,3 +77,70 @@ def test_an_alias_names_a_digest(alias, home):
     storage.write(str(home), registry.CHAMPION, alias.encode())
     with pytest.raises(UserError, match="not a champion alias"):
         registry.load(str(home))
+
+
+A, B, C = ("a" * 32, "b" * 32, "c" * 32)
+
+
+@pytest.fixture
+def three(place):
+    """A home of three models that are no more than their file."""
+    for name in (A, B, C):
+        storage.write(place, f"{name}/model.json", b"{}")
+        registry.promote(place, name)
+    return place
+
+
+def test_a_rollback_goes_back_one_champion_at_a_time(three):
+    assert registry.champion(three) == C and registry.alias(three).former == (A, B)
+    assert (registry.rollback(three), registry.champion(three)) == (B, B)
+    assert (registry.rollback(three), registry.champion(three)) == (A, A)
+    assert registry.alias(three).withdrawn == (C, B)
+    with pytest.raises(UserError, match="no former champion to return to"):
+        registry.rollback(three)
+    assert registry.champion(three) == A
+    registry.promote(three, C)
+    assert registry.alias(three) == registry.Alias(digest=C, former=(A,), withdrawn=(B,))
+    registry.promote(three, C)
+    assert registry.alias(three).former == (A,)
+    assert {m.digest: m.role for m in registry.listed(three)} == {A: "former champion", B: "rolled back", C: "champion"}
+
+
+def test_a_former_champion_that_is_gone_is_not_returned_to(three):
+    storage.delete(three, [f"{B}/model.json"])
+    with pytest.raises(UserError, match="no longer there"):
+        registry.rollback(three)
+    assert registry.champion(three) == C and registry.digests(three) == [A, C]
+
+
+def test_every_change_of_the_alias_is_one_write(three, monkeypatch):
+    """A process that dies before it, or readers beside it, find the alias as it was."""
+    written = []
+    monkeypatch.setattr(storage, "write", lambda url, key, content: written.append((key, content)))
+    before = registry.alias(three)
+    registry.promote(three, A)
+    registry.rollback(three)
+    assert [key for key, _ in written] == [registry.CHAMPION] * 2 and registry.alias(three) == before
+    for _, content in written:
+        registry.Alias.model_validate_json(content)
+
+
+def test_an_alias_of_before_there_was_a_history(three):
+    storage.write(three, registry.CHAMPION, b'{"digest": "%s"}' % A.encode())
+    registry.promote(three, B)
+    assert registry.rollback(three) == A
+
+
+def test_a_model_is_found_by_what_it_was_fitted_on_once_it_is_whole(home):
+    model = registry.load(str(home))
+    assert registry.fitted_on(str(home), "untrained") is None
+    registry.write_record(model.url, "fitted", {"at": "2026-11-21T02:00:00+00:00", "rows": 600})
+    assert registry.fitted_on(str(home), "untrained") == model.digest and registry.fitted_on(str(home), "other") is None
+    (found,) = registry.listed(str(home))
+    assert (found.role, found.rows, found.reason) == ("champion", 600, None)
+
+
+def test_no_models(tmp_path):
+    assert registry.digests(str(tmp_path / "none")) == []
+    with pytest.raises(UserError, match="no model there"):
+        registry.listed(str(tmp_path / "none"))

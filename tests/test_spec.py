@@ -7,7 +7,7 @@ from mmimpute.spec import CohortSpec, ImputeSettings, ModalitySpec, read_config,
 
 MODALITY = '[modalities.labs]\nprefix = "labs__"\n'
 WRONG = {
-    "unknown key": ("colour = 1\n" + MODALITY, "unknown key 'colour'; valid keys here: subject_id, timestamp, outcomes, modalities"),
+    "unknown key": ("colour = 1\n" + MODALITY, "unknown key 'colour'; valid keys here: subject_id, timestamp, outcomes, subgroups"),
     "unknown key inside": (MODALITY + "hidden = 1\n", "unknown key 'modalities.labs.hidden'; valid keys here: column, prefix, features"),
     "no modality": ('subject_id = "id"\n', "modalities: Field required"),
     "unknown kind": (MODALITY + 'kinds = "number"\n', "modalities.labs.kinds"),

@@ -24,6 +24,7 @@ from ray import train
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Empty, Queue
 
+from mmimpute import registry
 from mmimpute.cluster import runtime
 from mmimpute.cluster.ingest import records
 from mmimpute.data import storage
@@ -51,7 +52,7 @@ Progress = Callable[[dict], None]
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training run depends on. `name` makes a second run resume the first."""
+    """All that a training run depends on. `name` makes a second run resume the first; start: URL of the model to start from."""
 
     name: str
     shards_url: str
@@ -61,6 +62,7 @@ class Job:
     statistics: dict[str, dict[str, np.ndarray]]
     rows: int
     settings: FitSettings
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "cache_share": job.settings.cache_share,
         "checkpoint_seconds": job.settings.checkpoint_seconds,
         "widths": [len(m.features) for m in job.schema.modalities],
+        "start": job.start,
     }
 
 
@@ -261,6 +264,8 @@ def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[
     torch.manual_seed(loop["settings"]["seed"])  # equal weights on every rank before DDP broadcasts them
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in loop["statistics"].items()}
     model = MultiModalVAE(ModelConfig.from_dict(loop["config"]), statistics).to(get_device())
+    if loop["start"]:
+        model.start_from(registry.load(loop["start"]).module.vae)
     plan = Schedule(**loop["plan"])
     settings = OptimiserSettings(**loop["settings"])
     training = Training(model, settings, plan.total_steps, lambda m: prepare_model(m, move_to_device=False), rank)

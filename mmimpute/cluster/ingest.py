@@ -1,6 +1,7 @@
 """Shards into Ray Data: one row per shard where a shard is the unit of work, one row per record where records are."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from mmimpute.data import storage
-from mmimpute.data.arrow import decode, flat
+from mmimpute.data.arrow import decode, flat, texts
 from mmimpute.data.profile import Statistics, merge, observe, sample_share
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, read_table
@@ -79,18 +80,15 @@ def _objects(value) -> np.ndarray:
     return column
 
 
-def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, chosen: Chosen = lambda place: place >= 0) -> Dataset:
+def records(url: str, layouts: list[list[Shard]], schema: CohortSchema) -> Dataset:
     """Records, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id.
 
-    layouts: the shards, in groups of one layout (see `planning.by_layout`). chosen: which places.
+    layouts: the shards, in groups of one layout (see `planning.by_layout`).
     """
     filesystem, root = storage.arrow_filesystem(url)
 
     def to_records(batch: pa.Table) -> dict[str, np.ndarray]:
-        place = position(batch.column(schema.subject_id))
-        kept = chosen(place)
-        batch = batch.filter(pa.array(kept))
-        return {"x": flat(decode(batch, schema, "being read")), "place": place[kept]}
+        return {"x": flat(decode(batch, schema, "being read")), "place": position(batch.column(schema.subject_id))}
 
     def read(shards: list[Shard]) -> Dataset:
         paths = [f"{root}/{s.key}" for s in shards]
@@ -101,15 +99,42 @@ def records(url: str, layouts: list[list[Shard]], schema: CohortSchema, chosen: 
     return first.union(*others) if others else first
 
 
-def take(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` records in memory, n x width, and their places: the first in the order of their hash, however they came."""
-    x, place = None, None
-    for batch in dataset.iter_batches(batch_format="numpy", batch_size=None):
-        x = batch["x"] if x is None else np.concatenate([x, batch["x"]])
-        place = batch["place"] if place is None else np.concatenate([place, batch["place"]])
-        first = np.argsort(place, kind="stable")[:most]
-        x, place = x[first], place[first]
-    return x, place
+@dataclass(frozen=True)
+class Judges:
+    """Records in memory: x n x width, NaN where not observed; place, the hash of the id; beside: other columns, as text."""
+
+    x: np.ndarray
+    place: np.ndarray
+    beside: dict[str, np.ndarray]
+
+    def first(self, most: int) -> "Judges":
+        """At most `most`, in the order of their hash, however they came."""
+        rows = np.argsort(self.place, kind="stable")[:most]
+        return Judges(self.x[rows], self.place[rows], {c: values[rows] for c, values in self.beside.items()})
+
+    def and_also(self, other: "Judges") -> "Judges":
+        beside = {c: np.concatenate([values, other.beside[c]]) for c, values in self.beside.items()}
+        return Judges(np.concatenate([self.x, other.x]), np.concatenate([self.place, other.place]), beside)
+
+
+def judges(url: str, shards: list[Shard], schema: CohortSchema, chosen: Chosen, most: int, beside: Collection[str] = ()) -> Judges:
+    """The first `most` of the chosen records of the good shards, with what is beside them. chosen: which places."""
+
+    def choose(batch: pa.Table) -> dict[str, np.ndarray]:
+        (shard,) = shards_of(batch)
+        try:
+            table = read_table(url, shard, schema, beside)
+            x, place = flat(decode(table, schema, shard.key)), position(table.column(schema.subject_id))
+        except DataError:  # told by whoever works on all shards
+            return {"found": _objects(none)}
+        kept = chosen(place)
+        return {"found": _objects(Judges(x[kept], place[kept], {c: texts(table, c)[kept] for c in beside}).first(most))}
+
+    none = Judges(np.empty((0, schema.width), np.float32), np.empty(0), {c: np.empty(0, object) for c in beside})
+    total = none
+    for row in shard_dataset(shards).map_batches(choose, batch_size=1, batch_format="pyarrow").iter_rows():
+        total = total.and_also(row["found"]).first(most)
+    return total
 
 
 def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Iterator[dict]:

@@ -95,6 +95,14 @@ def _decode_list(array: pa.Array, width: int, column: str, shard: str) -> np.nda
     return x
 
 
+def texts(table: pa.Table, column: str) -> np.ndarray:
+    """A column of scalars as text, empty where there is no value or no such column: of what is beside the model's own columns."""
+    if column not in table.column_names:
+        return np.full(len(table), "", object)
+    values = _one(table.column(column))
+    return pc.fill_null(pc.cast(values, pa.string()), "").to_numpy(zero_copy_only=False)
+
+
 def _decode_scalar(array: pa.Array, feature: Feature, column: str, shard: str) -> np.ndarray:
     if not is_text(array.type):
         return _numbers(array)

@@ -3,6 +3,7 @@
 import errno
 import io
 import tempfile
+from collections.abc import Collection
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -98,12 +99,12 @@ def read_footer(url: str, shard: Shard) -> pq.FileMetaData:
         raise unreadable(shard.key, error) from None
 
 
-def read_table(url: str, shard: Shard, schema: CohortSchema) -> pa.Table:
-    """The columns that the model needs, checked: footer, subject ids. Raises DataError."""
+def read_table(url: str, shard: Shard, schema: CohortSchema, beside: Collection[str] = ()) -> pa.Table:
+    """The columns that the model needs, checked: footer, subject ids; and of those `beside` them what there is. Raises DataError."""
     file = open_shard(url, shard)
     check_columns(schema, file.schema_arrow, shard.key)
     try:
-        table = file.read(schema.columns)
+        table = file.read(list(dict.fromkeys([*schema.columns, *(c for c in beside if c in file.schema_arrow.names)])))
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(shard.key, error) from None
     check_subjects(table.column(schema.subject_id), schema.subject_id, shard.key)

@@ -86,6 +86,11 @@ class MultiModalVAE(nn.Module):
         model.load_state_dict(dict(state))
         return model.eval()
 
+    def start_from(self, other: "MultiModalVAE") -> None:
+        """Takes the weights of a model of the same config, member for member. Statistics, and what follows from them, stay its own:
+        weights act on standardised values, so a scale that moved a little moves what they say as little."""
+        self.load_state_dict(dict(other.named_parameters()), strict=False)
+
     # -- inputs ---------------------------------------------------------------------------------------------------
 
     def inputs(self, x: Sequence[Tensor], observed: Sequence[Tensor], shown: Sequence[Tensor] | None = None) -> Inputs:

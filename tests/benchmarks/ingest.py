@@ -39,6 +39,7 @@ def fitted(folder: Path, epochs: int, name: str, settings: dict) -> dict:
     found = planning.survey(str(folder / "cohort" / "shards"), read_spec(folder / "cohort" / "cohort.toml"))
     # Patience as long as the run: no epoch is to be left out.
     done = jobs.fit_model(found, str(home), FitSettings(epochs=epochs, patience=epochs, **settings), ClusterSettings())
+    registry.promote(str(home), done["digest"])
     history = registry.read_record(done["model"], "history")
     return {"rates": [e["rows_per_second"] for e in history], "seconds": done["seconds"]}
 

@@ -1,0 +1,30 @@
+"""Retraining as a Prefect flow: `python -m flows.retraining run.toml`."""
+
+import sys
+
+from prefect import flow
+
+from flows.tasks import Record, Stages, challenge, judge, plan, settle
+from mmimpute import population
+from mmimpute.console import report_errors
+from mmimpute.spec import RunConfig, read_config
+
+
+@flow(name="retrain")
+def retrain(config: RunConfig) -> Record:
+    """A challenger for the shards as they are now: plan, challenge, judge, settle. Returns what each stage did; imputes nothing.
+
+    Raises SetAside at the end where shards had to be set aside.
+    """
+    stages = Stages(config)
+    planned = stages.run(plan)["plan"]
+    fitted = stages.run(challenge, planned)
+    decision = stages.run(judge, planned, fitted)
+    stages.run(settle, fitted, decision)
+    population.raise_if_set_aside(population.set_aside(stages.done))
+    return stages.done
+
+
+if __name__ == "__main__":
+    with report_errors():
+        retrain(read_config(sys.argv[1]))
