@@ -9,10 +9,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute import __version__
-from mmimpute.console import accuracy_table, console, problems_table, report_errors, run_tables, runs_table, set_aside_table, watch
+from mmimpute.console import (
+    accuracy_table,
+    console,
+    drift_tables,
+    problems_table,
+    report_errors,
+    run_tables,
+    runs_table,
+    set_aside_table,
+    watch,
+)
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.simulation import SHARD_ROWS, Population
-from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings, read_config, read_spec, validated
+from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings, read_config, read_spec, validated
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
@@ -294,6 +304,27 @@ def evaluate(model: ModelUrl, shards: Shards, address: Address = None) -> None:
     found = planning.survey_for(shards, registry.describe(place).cohort)
     console.print(accuracy_table(jobs.evaluate_model(found, place, ClusterSettings(address=address))))
     _finish(found.set_aside)
+
+
+@app.command()
+def drift(model: ModelUrl, shards: Shards, address: Address = None) -> None:
+    """Compare new shards with the data that the model was fitted on, and say whether it should be fitted anew.
+
+    Distributions of features, what is missing, codes never seen, and how well the model predicts each modality. What chance
+    explains is no drift, so small drops have to differ more. Exit code 0 either way.
+
+    Example: mmimpute drift --model s3://bucket/model/ --shards s3://bucket/cohort/2026-11/
+    """
+    from mmimpute import jobs, registry
+    from mmimpute.data.shards import list_shards
+
+    place = registry.locate(model)
+    found = jobs.check_drift(shards, list_shards(shards), place, DriftSettings(), ClusterSettings(address=address), watch("drift"))
+    for table in drift_tables(found):
+        console.print(table)
+    verdict = "drifted: fit the model anew" if found["drifted"] else "no drift" if found["judged"] else "not judged"
+    console.print("\n  ".join([verdict, *map(escape, found["reasons"])]))
+    _finish(found["set_aside"])
 
 
 @app.command()

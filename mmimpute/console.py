@@ -70,6 +70,29 @@ def accuracy_table(evaluation: dict) -> Table:
     return table
 
 
+SHOWN_FEATURES = 15
+
+
+def drift_tables(found: dict) -> list[Table]:
+    """What `drift.compare` found: the worst features and all modalities."""
+    features = Table("feature", title=f"{found['rows']:,} records beside the training data: the features that differ most")
+    modalities = Table("modality", title="Modalities")
+    for table, names in ((features, ("PSI", "by chance", "never seen")), (modalities, ("log score", "by chance"))):
+        for name in (*names, "missing", "in training"):
+            table.add_column(name, justify="right")
+    for f in found["features"][:SHOWN_FEATURES]:
+        psi = ["-" if f[name] is None else f"{f[name]:.3f}" for name in ("psi", "noise")]
+        features.add_row(escape(f"{f['modality']}: {f['name']}"), *psi, f"{f['unseen']:.1%}", *_missing(f["missing"]))
+    for name, m in found["modalities"].items():
+        score = ["-", "-"] if m["score"] is None else [f"{m['score']['shift']:+.2f} sd", f"±{m['score']['noise']:.2f}"]
+        modalities.add_row(name, *score, *_missing(m["missing"]))
+    return [features, modalities] if found["judged"] else []
+
+
+def _missing(found: dict | None) -> list[str]:
+    return ["-", "-"] if found is None else [f"{found[name]:.1%}" for name in ("drop", "training")]
+
+
 def set_aside_table(aside: list[dict]) -> Table:
     table = Table("shard", "set aside because", title="Shards set aside")
     for entry in aside:

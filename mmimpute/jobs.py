@@ -9,6 +9,7 @@ from mmimpute import metrics, registry
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
 from mmimpute.data import profile, storage, table
+from mmimpute.data.reference import reference
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
 from mmimpute.data.split import fold, members_for
@@ -17,8 +18,8 @@ from mmimpute.errors import UserError
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
-from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey
-from mmimpute.spec import ClusterSettings, FitSettings, ImputeSettings
+from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_of
+from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
 LEAST_ROWS = 60  # fewer records are no training data
@@ -82,6 +83,7 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = storage.join(home, name)
         beside = {"profile": profile.report(schema, seen), "marginals": profile.marginals(schema, seen)}
+        beside["reference"] = reference(schema, seen) | {"score": fitted.scores}
         facts = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "rows": rows, "shards": len(found.shards), "start": start}
         for record, value in (beside | {"history": fitted.history, "set_aside": bad, "fitted": facts}).items():
             registry.write_record(place, record, value)
@@ -132,6 +134,29 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
     if not len(asked.x):
         raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
     return evaluate(model, asked.x, fold(asked.place, model.module.config.members), registry.read_record(model.url, "marginals"))
+
+
+def check_drift(
+    url: str, shards: list[Shard], place: str, settings: DriftSettings, cluster: ClusterSettings, on_shard: Progress = ignore
+) -> dict:
+    """A drop of new shards beside the data that a model was fitted on: what `drift.compare` returns, and the model and set_aside.
+
+    Only these shards are read. Values that a kind or the levels do not allow are counted, not set aside.
+    Raises UserError where no shard fits the model, or a model has no reference; DataError where none is good inside.
+    """
+    from mmimpute.drift import compare
+    from mmimpute.scoring import score_drop
+
+    kept = registry.read_record(place, "reference")
+    if kept is None:
+        raise UserError(f"{place}: no reference.json to compare with; fit the model anew with this version of mmimpute")
+    model = registry.load(place)
+    found = survey_of(url, shards, model.schema)
+    report = lambda done: on_shard({"profiled": done, "of": len(found.shards)})  # noqa: E731
+    with runtime.cluster(cluster):
+        seen, bad = ingest.profile(url, found.shards, model.schema, found.rows, report, strict=False)
+    record = compare(model.schema, kept, seen, score_drop(model.module, model.schema, seen), settings)
+    return record | {"model": place, "shards": len(shards), "set_aside": found.set_aside | bad}
 
 
 def impute_table(

@@ -69,6 +69,11 @@ def survey_for(url: str, schema: CohortSchema) -> Survey:
     return _checked(url, schema, *_footers(url))
 
 
+def survey_of(url: str, shards: list[Shard], schema: CohortSchema) -> Survey:
+    """The same of some shards only."""
+    return _checked(url, schema, *_read_footers(url, shards))
+
+
 def listed_for(url: str, schema: CohortSchema) -> Survey:
     """The shards as they are listed: footers are checked where each is read, so that a plan costs a listing and no more.
 

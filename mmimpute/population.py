@@ -99,6 +99,26 @@ def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None
     return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute, config.prune, run_record)
 
 
+def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress = ignore) -> Record:
+    """Compares the shards that are not in the table as imputed by this model with the data that it was fitted on.
+
+    Returns what `jobs.check_drift` does and `record`, the URL where that is kept; without new shards {drifted: False, shards: 0}.
+    """
+    found = read_plan(config, plan_name)
+    committed = table_state(config.output).keys
+    drop = [shard for key, shard in jobs.expected_outputs(found, model, config.impute).items() if key not in committed]
+    if not drop:
+        return {"drifted": False, "reasons": [], "shards": 0, "set_aside": {}}
+    versions = (f"{s.key} {s.etag}" for s in drop)
+    name = f"drift-{digest(registry.digest_of(model), config.drift.model_dump_json(), *versions)}.json"
+    if storage.exists(_runs(config), name):
+        return json.loads(storage.read(_runs(config), name))
+    checked = jobs.check_drift(found.url, drop, model, config.drift, config.cluster, on_progress)
+    checked["record"] = storage.join(_runs(config), name)
+    storage.write(_runs(config), name, json.dumps(checked).encode())
+    return checked
+
+
 def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
     """Writes the run's record and its HTML report, once per version of the table. Returns {report, record}."""
     from mmimpute.report import render  # matplotlib is not for those who only impute
@@ -142,6 +162,7 @@ def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str,
         "profile": registry.read_record(fitted["model"], "profile"),
         "history": registry.read_record(fitted["model"], "history"),
         "evaluation": registry.read_record(fitted["model"], "evaluation"),
+        "drift": stages.get("drift"),
     }
 
 

@@ -103,6 +103,23 @@ class ImputeSettings(_Settings):
     seed: int = 0
 
 
+class DriftSettings(_Settings):
+    """From when on a drop of new shards counts as drifted. What chance may explain never does, so small drops need more."""
+
+    psi: float = Field(
+        0.25, gt=0, description="population stability index of a feature, or of the pattern of missing modalities; 0.25: a large shift"
+    )
+    psi_moderate: float = Field(0.1, gt=0, description="the same for a moderate shift, which is drift where many features have it")
+    features: float = Field(0.2, gt=0, le=1, description="share of the features beyond which moderate shifts are drift")
+    missing: float = Field(
+        0.05, gt=0, le=1, description="change of the share of records that lack a modality, or of its records that lack one of its values"
+    )
+    unseen: float = Field(0.01, gt=0, le=1, description="share of a feature's values that are of no level or code seen in training")
+    score: float = Field(
+        0.25, gt=0, description="change of a hidden modality's mean log score, in standard deviations between training records"
+    )
+
+
 class ClusterSettings(_Settings):
     """Where Ray runs. No address: a local one that ends with the run."""
 
@@ -125,6 +142,7 @@ class RunConfig(_Settings):
     fit: FitSettings = FitSettings()
     gate: GateSettings = GateSettings()
     impute: ImputeSettings = ImputeSettings()
+    drift: DriftSettings = DriftSettings()
     cluster: ClusterSettings = ClusterSettings()
 
 

@@ -27,6 +27,8 @@ LAYERS = [
         "mmimpute.evaluation",
         "mmimpute.gate",
         "mmimpute.card",
+        "mmimpute.scoring",
+        "mmimpute.drift",
         "mmimpute.report",
     ),
     ("mmimpute.registry", "mmimpute.planning", "mmimpute.drafting"),

@@ -24,7 +24,7 @@ from ray import train
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Empty, Queue
 
-from mmimpute import registry
+from mmimpute import registry, scoring
 from mmimpute.cluster import runtime
 from mmimpute.cluster.ingest import records
 from mmimpute.data import storage
@@ -69,6 +69,7 @@ class Job:
 class Fitted:
     module: Imputer
     history: list[dict[str, float]]
+    scores: dict[str, dict | None]  # out of fold, see `scoring.summarise`
 
 
 def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
@@ -97,7 +98,7 @@ def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
     with _forwarded(queue, on_epoch):
         result = trainer.fit()
     state = _read_state(result.checkpoint)
-    return Fitted(Imputer.from_state(job.config, state["best"]["weights"]), state["best"]["history"])
+    return Fitted(Imputer.from_state(job.config, state["best"]["weights"]), state["best"]["history"], state["best"]["scores"])
 
 
 def clear(home: str, name: str) -> None:
@@ -269,7 +270,7 @@ def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[
     plan = Schedule(**loop["plan"])
     settings = OptimiserSettings(**loop["settings"])
     training = Training(model, settings, plan.total_steps, lambda m: prepare_model(m, move_to_device=False), rank)
-    return training, plan, {"loss": math.inf, "epoch": 0, "weights": {}, "history": [], "stopped": False}
+    return training, plan, {"loss": math.inf, "epoch": 0, "weights": {}, "history": [], "scores": {}, "stopped": False}
 
 
 def _all_reduce(sums: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -307,6 +308,9 @@ def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tens
     x, folds = sample
     imputer = assemble(training.average.cpu(), *split(x, widths), folds)
     best["weights"] = {name: t.detach().contiguous() for name, t in imputer.state_dict().items()}
+    judged = scoring.some(folds.numpy(), np.arange(len(x)))
+    names = [m.name for m in imputer.config.modalities]
+    best["scores"] = scoring.summarise(names, scoring.score(imputer, x[judged].numpy(), folds[judged].numpy()))
 
 
 class Reporter:

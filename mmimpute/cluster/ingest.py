@@ -46,9 +46,11 @@ def profile(
     schema: CohortSchema,
     rows: int,
     on_progress: Callable[[int], None] = lambda done: None,
+    strict: bool = True,
 ) -> tuple[Statistics, dict[str, str]]:
     """One streaming pass over the shards: their merged statistics, and the shards set aside with the reason.
 
+    strict: a value that its kind or levels do not allow sets its shard aside.
     Raises DataError where no shard is good.
     """
     share = sample_share(rows, schema.width)
@@ -56,7 +58,7 @@ def profile(
     def observe_batch(batch: pa.Table) -> dict[str, np.ndarray]:
         (shard,) = shards_of(batch)
         try:
-            found, error = observe(read_table(url, shard, schema), schema, shard.key, share), None
+            found, error = observe(read_table(url, shard, schema), schema, shard.key, share, strict), None
         except DataError as problem:
             found, error = None, problem
         return {"found": _objects(found), "error": _objects(error)}

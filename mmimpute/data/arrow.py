@@ -16,6 +16,8 @@ import pyarrow.types as pt
 from mmimpute.data.schema import FROM_PRIOR, LATENT, CohortSchema, Feature, Modality, is_list, is_text, storage_type, value_type
 from mmimpute.errors import DataError
 
+UNSEEN = -1  # index of a value of no known level
+
 
 class Imputation(NamedTuple):
     """What the model says of one modality, in the units of the records: N x D each, draws S x N x D; None: not wanted.
@@ -30,9 +32,12 @@ class Imputation(NamedTuple):
     draws: np.ndarray | None
 
 
-def decode(table: pa.Table | pa.RecordBatch, schema: CohortSchema, shard: str) -> dict[str, np.ndarray]:
-    """Records of a shard. Raises DataError: a list of the wrong length, infinity, a value that its kind or levels do not allow."""
-    return {m.name: _decode_modality(table, m, shard) for m in schema.modalities}
+def decode(table: pa.Table | pa.RecordBatch, schema: CohortSchema, shard: str, strict: bool = True) -> dict[str, np.ndarray]:
+    """Records of a shard. Raises DataError: a list of the wrong length, infinity, a value that its kind or levels do not allow.
+
+    strict=False: such a value is let through, one of no known level as UNSEEN.
+    """
+    return {m.name: _decode_modality(table, m, shard, strict) for m in schema.modalities}
 
 
 def flat(records: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -51,13 +56,14 @@ def check_subjects(ids: pa.ChunkedArray, column: str, shard: str) -> None:
         raise DataError(shard, column, f"{len(ids) - distinct} repeated subject ids", "each once", "merge or drop the repeated records")
 
 
-def _decode_modality(table, modality: Modality, shard: str) -> np.ndarray:
+def _decode_modality(table, modality: Modality, shard: str, strict: bool) -> np.ndarray:
     arrays = [_one(table.column(c)) for c in modality.columns]
     if modality.layout == "list":
         x = _decode_list(arrays[0], len(modality.features), modality.columns[0], shard)
     else:
         x = _stack(
-            [_decode_scalar(a, f, c, shard) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)], len(table)
+            [_decode_scalar(a, f, c, shard, strict) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)],
+            len(table),
         )
     if np.isinf(x).any():
         at = int(np.isinf(x).any(0).argmax())
@@ -66,7 +72,10 @@ def _decode_modality(table, modality: Modality, shard: str) -> np.ndarray:
     if not x.flags.writeable and any(f.levels for f in modality.features):
         x = x.copy()  # a view of the Arrow buffer, and levels are replaced by their index
     for at, feature in enumerate(modality.features):
-        _check_kind(x, at, feature, modality, shard)
+        if strict:
+            _check_kind(x[:, at], feature, _label(modality, at), shard)
+        if feature.levels and not isinstance(feature.levels[0], str):
+            _index_levels(x[:, at], feature, _label(modality, at), shard, strict)
     return x
 
 
@@ -103,14 +112,16 @@ def texts(table: pa.Table, column: str) -> np.ndarray:
     return pc.fill_null(pc.cast(values, pa.string()), "").to_numpy(zero_copy_only=False)
 
 
-def _decode_scalar(array: pa.Array, feature: Feature, column: str, shard: str) -> np.ndarray:
+def _decode_scalar(array: pa.Array, feature: Feature, column: str, shard: str, strict: bool) -> np.ndarray:
     if not is_text(array.type):
         return _numbers(array)
     if not feature.levels:  # profiling: only whether there is a value
         return np.where(array.is_valid().to_numpy(zero_copy_only=False), np.float32(0), np.float32(np.nan))
     index = pc.index_in(array, pa.array(feature.levels, array.type))
     if unknown := index.null_count - array.null_count:
-        raise _unknown_level(shard, column, unknown)
+        if strict:
+            raise _unknown_level(shard, column, unknown)
+        index = pc.if_else(array.is_valid(), pc.fill_null(index, UNSEEN), None)
     return _numbers(index)
 
 
@@ -135,22 +146,20 @@ def _stack(columns: list[np.ndarray], rows: int) -> np.ndarray:
     return x
 
 
-def _check_kind(x: np.ndarray, at: int, feature: Feature, modality: Modality, shard: str) -> None:
-    """Values against the feature's kind; numeric levels become their index, in place."""
-    if feature.kind in ("real", "auto"):
-        return
-    values = x[:, at]
-    label = _label(modality, at)
+def _check_kind(values: np.ndarray, feature: Feature, label: str, shard: str) -> None:
     if feature.kind == "binary" and (wrong := int(((values != 0) & (values != 1) & ~np.isnan(values)).sum())):
         raise DataError(shard, label, f"{wrong} values other than 0 and 1", "a binary feature", "mend the values or its kind in the spec")
     if feature.kind == "count" and (wrong := int(((values < 0) | (values % 1 > 0)).sum())):
         raise DataError(shard, label, f"{wrong} values that are no counts", "0, 1, 2, ...", "mend the values or its kind in the spec")
-    if feature.levels and not isinstance(feature.levels[0], str):
-        index = np.searchsorted(feature.levels, values).clip(max=len(feature.levels) - 1)
-        seen = ~np.isnan(values)
-        if unknown := int((np.asarray(feature.levels)[index] != values)[seen].sum()):
-            raise _unknown_level(shard, label, unknown)
-        x[seen, at] = index[seen]
+
+
+def _index_levels(values: np.ndarray, feature: Feature, label: str, shard: str, strict: bool) -> None:
+    """Numeric levels become their index, in place."""
+    index = np.searchsorted(feature.levels, values).clip(max=len(feature.levels) - 1)
+    known, seen = np.asarray(feature.levels)[index] == values, ~np.isnan(values)
+    if strict and (unknown := int((~known & seen).sum())):
+        raise _unknown_level(shard, label, unknown)
+    values[seen] = np.where(known, index, UNSEEN)[seen]
 
 
 def _unknown_level(shard: str, label: str, count: int) -> DataError:

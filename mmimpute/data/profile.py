@@ -40,6 +40,7 @@ class Statistics:
     mean: np.ndarray
     m2: np.ndarray  # D, sum of squared deviations
     sample: list[np.ndarray] = field(default_factory=list)
+    place: list[np.ndarray] = field(default_factory=list)  # of the sample's records, see `split.position`
 
 
 def sample_share(rows: int, width: int) -> float:
@@ -47,10 +48,11 @@ def sample_share(rows: int, width: int) -> float:
     return min(1.0, max(2_000, min(SAMPLE_CELLS // width, 50_000)) / max(rows, 1))
 
 
-def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float) -> Statistics:
+def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float, strict: bool = True) -> Statistics:
     """Statistics of one shard's records. Raises DataError as `decode` does."""
-    records = decode(table, schema, shard)
+    records = decode(table, schema, shard, strict)
     ids = table.column(schema.subject_id)
+    sampled = np.full(len(ids), True) if share >= 1 else position(ids, "sample") < share
     present = np.stack([~np.isnan(x).all(1) for x in records.values()], 1)
     x = flat(records)
     seen = ~np.isnan(x)
@@ -71,7 +73,8 @@ def observe(table: pa.Table, schema: CohortSchema, shard: str, share: float) -> 
         most=np.where(seen, x, -np.inf).max(0, initial=-np.inf),
         whole=(~seen | (np.where(seen, x, 0) % 1 == 0)).all(0),
         levels=_text_levels(table, schema),
-        sample=[x if share >= 1 else x[position(ids, "sample") < share]],
+        sample=[x[sampled]],
+        place=[position(ids.filter(pa.array(sampled)))],
     )
 
 
@@ -106,6 +109,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         whole=a.whole & b.whole,
         levels=[None if m is None else _most_common(m + n) for m, n in zip(a.levels, b.levels, strict=True)],
         sample=a.sample + b.sample,
+        place=a.place + b.place,
     )
 
 

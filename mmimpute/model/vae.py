@@ -8,6 +8,7 @@ S draws, H rows of a batch in which a modality is hidden, R rows of a batch on w
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -279,6 +280,19 @@ class MultiModalVAE(nn.Module):
         found = [lik.moments(h, s) for lik, h, s in zip(self.likelihoods, heads, self.standardise, strict=True)]
         mean, std = map(list, zip(*found, strict=True))
         return Predictive(mean, std, latents.mean_EBL[0])
+
+    @torch.no_grad()
+    def log_score(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int, draws: int = 4) -> Tensor:
+        """log p(x_jd | all other modalities) of the observed values of modality j, hidden: mean over d, (E, B), in nats.
+
+        Of standardised values where they are real; 0 for records without modality j.
+        """
+        shown = [torch.zeros_like(o) if k == j else o for k, o in enumerate(observed)]
+        inputs = self.inputs(x, observed, shown)
+        rows = torch.arange(len(x[0]), device=self.hide_K.device)
+        log_prob_SEBD = self.likelihoods[j].log_prob(self.heads(j, inputs, self.latents(inputs, draws), rows), inputs.target[j])
+        log_prob_EBD = log_prob_SEBD.logsumexp(0) - math.log(draws)
+        return (log_prob_EBD * observed[j]).sum(-1) / observed[j].sum(-1).clamp_min(1)
 
     @torch.no_grad()
     def impute(

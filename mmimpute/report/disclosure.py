@@ -35,6 +35,7 @@ def view(run: dict) -> dict[str, Any]:
         "profile": _profile(run["profile"]) if run.get("profile") else None,
         "history": [{name: number(value) for name, value in epoch.items()} for epoch in run.get("history") or ()],
         "evaluation": _evaluation(run["evaluation"]) if run.get("evaluation") else None,
+        "drift": _drift(run["drift"]) if (run.get("drift") or {}).get("judged") else None,
     }
 
 
@@ -67,6 +68,29 @@ def _text(x: Any) -> str | None:
 def _imputed(name: str, counts: dict) -> dict:
     rows = counts.get("rows")
     return {"name": name, "rows": people(rows), "values": FEW if few(rows) else people(counts.get("values"))}
+
+
+def _drift(drift: dict) -> dict:
+    """As `drift.compare` made it: nothing in there stands for a small group."""
+    features = [
+        {"name": f"{f['modality']}: {f['name']}", "psi": number(f["psi"]), "noise": number(f["noise"])}
+        for f in drift["features"]
+        if f["psi"] is not None
+    ]
+    modalities = [
+        {"name": str(name), "score": m["score"] and number(m["score"]["shift"]), "missing": m["missing"] and m["missing"]["drop"]}
+        | {"noise": m["score"] and number(m["score"]["noise"]), "training": m["missing"] and m["missing"]["training"]}
+        for name, m in drift["modalities"].items()
+    ]
+    return {
+        "drifted": bool(drift["drifted"]),
+        "reasons": [str(reason) for reason in drift["reasons"]],
+        "rows": total(drift["rows"]),
+        "shards": drift["shards"],
+        "features": sorted(features, key=lambda f: -f["psi"]),
+        "modalities": modalities,
+        "settings": {name: float(value) for name, value in drift["settings"].items()},
+    }
 
 
 # --- profile ---------------------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,47 @@ def skill(scores: list[dict], title: str) -> Figure:
         return figure
 
 
+def drift(features: list[dict], moderate: float, large: float) -> Figure:
+    """Horizontal bars of the population stability index, worst first; a tick is what chance alone exceeds hardly ever."""
+    with matplotlib.rc_context(STYLE):
+        shown = features[:MOST_FEATURES]
+        figure, axes = _panel("Shift of features", width=4.6, height=0.75 + 0.24 * max(len(shown), 2))
+        beyond = [f["psi"] > max(large, f["noise"]) for f in shown]
+        bars = axes.barh(range(len(shown)), [f["psi"] for f in shown], color=BLUE, height=0.68)
+        for bar, alert in zip(bars, beyond, strict=True):
+            if alert:
+                bar.set(facecolor="none", edgecolor=ORANGE, hatch="////")
+        axes.bar_label(bars, [f"{f['psi']:.2f}" for f in shown], padding=3, color=INK, fontsize=8)
+        axes.plot([f["noise"] for f in shown], range(len(shown)), "|", color=MUTED, ms=9, label="chance")
+        for value, line in ((moderate, ":"), (large, "--")):
+            axes.axvline(value, color=INK, linewidth=1, linestyle=line)
+        axes.set_yticks(range(len(shown)), [shortened(f["name"]) for f in shown])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max([1.2 * large, *(f["psi"] for f in shown), *(f["noise"] for f in shown)]))
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"population stability index (moderate: {moderate:g}; large: {large:g})")
+        return figure
+
+
+def missing(modalities: list[dict]) -> Figure:
+    """Dots of the share of records that lack each modality: open in training, filled in the new shards."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel("Missing modalities", width=4.6, height=0.75 + 0.28 * max(len(modalities), 2))
+        rows = range(len(modalities))
+        before, now = [m["training"] for m in modalities], [m["missing"] for m in modalities]
+        axes.hlines(rows, before, now, color=MUTED, linewidth=1)
+        axes.plot(before, rows, "o", color=BLUE, markerfacecolor="none", ms=6, label="training", clip_on=False)
+        axes.plot(now, rows, "o", color=ORANGE, ms=6, label="new shards", clip_on=False)
+        axes.set_yticks(rows, [shortened(m["name"]) for m in modalities])
+        axes.invert_yaxis()
+        axes.set(xlim=(0, max([0.1, *before, *now]) * 1.05), xlabel="share of records")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="best", fontsize=8)
+        return figure
+
+
 def coverage(calibration: dict, title: str) -> Figure:
     """How often the truth lies inside an interval, against how often it should."""
     with matplotlib.rc_context(STYLE):

@@ -59,6 +59,19 @@ class _Drawing:
         label = title + ": " + ", ".join(f"{score['name']} {score['skill']:.2f}" for score in scores[:10] if score["skill"] is not None)
         return self._svg(figures.skill(scores, title), label)
 
+    def drift(self, found: dict) -> Markup:
+        from mmimpute.report import figures
+
+        settings = found["settings"]
+        label = "Population stability index: " + ", ".join(f"{f['name']} {f['psi']:.2f}" for f in found["features"][:10])
+        return self._svg(figures.drift(found["features"], settings["psi_moderate"], settings["psi"]), label)
+
+    def missing(self, modalities: list[dict]) -> Markup:
+        from mmimpute.report import figures
+
+        shares = (f"{m['name']} {percent(m['missing'])}, {percent(m['training'])} in training" for m in modalities)
+        return self._svg(figures.missing(modalities), "Records without a modality: " + ", ".join(shares))
+
     def coverage(self, modality: dict) -> Markup:
         from mmimpute.report import figures
 

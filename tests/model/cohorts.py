@@ -114,6 +114,11 @@ def everything(x: list[Tensor]) -> list[Tensor]:
 def fit_linear_gaussian(x: list[Tensor], observed: list[Tensor] | None = None, epochs: int = 10) -> Imputer:
     """The whole model, small: some ten seconds for 4,800 records."""
     observed = everything(x) if observed is None else observed
+    return assemble(fit_linear_vae(x, observed, epochs), x, observed, torch.arange(len(x[0])) % 5)
+
+
+def fit_linear_vae(x: list[Tensor], observed: list[Tensor], epochs: int) -> MultiModalVAE:
+    """Its VAE alone: record i is in fold i % 5."""
     torch.manual_seed(0)
     rows = len(x[0])
     modalities = tuple(ModalityConfig(n, ("real",) * t.shape[1]) for n, t in zip("abc", x, strict=True))
@@ -122,5 +127,4 @@ def fit_linear_gaussian(x: list[Tensor], observed: list[Tensor] | None = None, e
     vae = MultiModalVAE(config, {m.name: statistics(t[~t.isnan().any(1)].numpy(), m.kinds) for m, t in zip(modalities, x, strict=True)})
     fold = torch.arange(rows) % 5
     plan = schedule(rows, batch=64, epochs=epochs)
-    fitted = fit_in_memory(vae, (x, observed), fold, OptimiserSettings(lr=6e-3), plan)
-    return assemble(fitted.model, x, observed, fold)
+    return fit_in_memory(vae, (x, observed), fold, OptimiserSettings(lr=6e-3), plan).model
