@@ -44,6 +44,7 @@ def test_all_commands_are_there():
         "generate",
         "generate-cohort",
         "evaluate",
+        "drift",
         "vacuum",
         "verify",
         "run",
@@ -101,6 +102,12 @@ def test_a_model_that_does_not_fit_exits_2(small_cohort, folder, monkeypatch, ca
     arguments = ["impute", "--model", small_cohort[2], "--shards", str(folder / "other"), "--output", str(folder / "o")]
     code, text = run(monkeypatch, capsys, *arguments)
     assert code == 2 and "no shard fits the cohort" in text
+
+
+def test_drift_needs_what_fit_keeps(small_cohort, monkeypatch, capsys):
+    shards, _, home = small_cohort
+    code, text = run(monkeypatch, capsys, "drift", "--model", home, "--shards", shards)
+    assert code == 2 and "no reference.json to compare with" in text and "Traceback" not in text
 
 
 def test_endpoint_that_is_not_there(endpoint, monkeypatch, capsys):

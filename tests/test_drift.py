@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from mmimpute import drift
+from mmimpute.console import console, drift_tables
 from mmimpute.data.profile import SMALLEST_GROUP, Statistics, merge, observe, settle
 from mmimpute.data.reference import pool, reference
 from mmimpute.data.schema import CohortSchema, Feature, Modality, draft_schema
@@ -164,6 +165,15 @@ def test_a_planted_shift_is_named_first(trained, kind, words):
     about = {r.split(":")[0] for r in found["reasons"]}
     if kind in ("mean", "level", "number", "code", "no code", "counts"):
         assert len(found["reasons"]) == 1 and f"{found['features'][0]['modality']}" in about
+
+
+def test_the_terminal_shows_the_worst_features_and_all_modalities(trained, capsys):
+    for table in drift_tables(compared(trained, planted("missing modality"))):
+        console.print(table)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1,000 records beside the training data" in text and "dx: site" in text
+    assert re.search(r"labs │ [+-]0.\d\d sd │ ±0.1\d │ \d\d.\d% │ 25", text)
+    assert drift_tables(compared(trained, population(9, 1))) == []
 
 
 def test_many_moderate_shifts_are_drift(trained):

@@ -6,13 +6,13 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from mmimpute import jobs, planning, registry, retraining
+from mmimpute import jobs, planning, population, registry, retraining
 from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import ClusterSettings, FitSettings, GateSettings, ImputeSettings, read_spec
+from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, GateSettings, ImputeSettings, RunConfig, read_spec
 from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
@@ -109,6 +109,33 @@ def test_evaluation_beats_the_column_mean(cohort):
         assert modality["skill"] > 0.1, name
         assert modality["rows"] <= found["rows"] and set(modality["experts"]) == {"vae", "additive", "gaussian"}
     assert found["modalities"]["labs"]["r2"] > 0.3
+
+
+def test_drift_of_new_shards(cohort, bucket_url, monkeypatch):
+    """Records of the training data are no drift; with another level, and rna that belongs to other people, they are."""
+    shards, spec, home, fitted, _ = cohort
+    listed = [s for s in planning.survey(shards, read_spec(spec)).shards if s.key == "part-001.parquet"]
+    same = jobs.check_drift(shards, listed, fitted["model"], DriftSettings(), CLUSTER)
+    assert same["judged"] and not same["drifted"] and same["rows"] == 300, same["reasons"]
+    assert all(m["score"]["n"] > 150 for m in same["modalities"].values())
+    table, draw = fetch_table(shards, "part-001.parquet"), np.random.default_rng(0)
+    table = table.set_column(table.column_names.index("rna"), "rna", table["rna"].take(pa.array(draw.permutation(300))))
+    site = ["skin" if s and draw.random() < 0.2 else s for s in table["dx__site"].to_pylist()]
+    publish_table(shards, "y-new.parquet", table.set_column(table.column_names.index("dx__site"), "dx__site", pa.array(site)))
+    places = {"shards": shards, "model": home, "output": f"{bucket_url}/enriched"}
+    config = RunConfig(spec=read_spec(spec), cluster=CLUSTER, **places)
+    planned = population.plan(config)["plan"]
+    found = population.drift(config, planned, fitted["model"])
+    obstore.delete(storage.connect(shards), "y-new.parquet")
+    assert found["drifted"] and found["shards"] == 2 and list(found["set_aside"]) == ["x-infinite.parquet"]
+    assert any("rna is predicted worse" in r for r in found["reasons"])
+    assert any(r.startswith("dx: site: ") and "no level or code seen" in r for r in found["reasons"])
+    monkeypatch.setattr(jobs, "check_drift", dies)
+    assert population.drift(config, planned, fitted["model"]) == found, "a stage that is done was done again"
+    nothing = config.model_copy(update={"output": f"{bucket_url}/elsewhere"})
+    with pytest.raises(KeyboardInterrupt):  # nothing is committed there: every shard is new
+        publish_table(f"{nothing.output}/_runs", planned, fetch_table(f"{config.output}/_runs", planned))
+        population.drift(nothing, planned, fitted["model"])
 
 
 def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url):

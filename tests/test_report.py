@@ -106,9 +106,44 @@ def a_run() -> dict:
     }
 
 
+def a_drift() -> dict:
+    """What a stage found of two new shards; the second feature was seen too rarely to be judged."""
+    features = [{"modality": "labs", "name": "LBXSAL", "psi": 0.41, "noise": 0.05}, {"modality": "labs", "name": "LBXSCR"}]
+    return {
+        "drifted": True,
+        "judged": True,
+        "reasons": ["labs: LBXSAL has another distribution (PSI 0.41)"],
+        "rows": 1200,
+        "shards": 2,
+        "settings": {"psi": 0.25, "psi_moderate": 0.1},
+        "features": [{"psi": None, "noise": None} | f for f in features],
+        "modalities": {
+            "labs": {"missing": {"drop": 0.5, "training": 0.36}, "score": {"shift": -0.6, "noise": 0.1}},
+            "dx": {"missing": None, "score": None},
+        },
+    }
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return render(a_run())
+
+
+def test_drift_is_shown(page):
+    drifted = render(a_run() | {"drift": a_drift()})
+    assert drifted.count("<svg") == page.count("<svg") + 2
+    assert "PSI 0.41" in drifted and "fit the model anew" in drifted and "labs 50 %, 36 % in training" in drifted
+    assert not Checker(drifted).silent and not Checker(drifted).open
+    for absent in (None, {"drifted": False, "reasons": [], "shards": 0}, a_drift() | {"judged": False}):
+        assert render(a_run() | {"drift": absent}) == page
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "$\\frac{1}{0}$ {{ 7 * 7 }}"])
+def test_names_in_drift_are_escaped(hostile):
+    drift = a_drift()
+    drift["features"][0]["name"] = drift["reasons"][0] = hostile
+    drift["modalities"][hostile] = drift["modalities"]["labs"]
+    assert not Checker(render(a_run() | {"drift": drift})).tags & {"script", "img"}
 
 
 class Checker(html.parser.HTMLParser):

@@ -113,7 +113,7 @@ def drift(features: list[dict], moderate: float, large: float) -> Figure:
             if alert:
                 bar.set(facecolor="none", edgecolor=ORANGE, hatch="////")
         axes.bar_label(bars, [f"{f['psi']:.2f}" for f in shown], padding=3, color=INK, fontsize=8)
-        axes.plot([f["noise"] for f in shown], range(len(shown)), "|", color=MUTED, ms=9, label="chance")
+        axes.plot([f["noise"] for f in shown], range(len(shown)), "|", color=INK, ms=9)
         for value, line in ((moderate, ":"), (large, "--")):
             axes.axvline(value, color=INK, linewidth=1, linestyle=line)
         axes.set_yticks(range(len(shown)), [shortened(f["name"]) for f in shown])
@@ -135,8 +135,7 @@ def missing(modalities: list[dict]) -> Figure:
         axes.plot(before, rows, "o", color=BLUE, markerfacecolor="none", ms=6, label="training", clip_on=False)
         axes.plot(now, rows, "o", color=ORANGE, ms=6, label="new shards", clip_on=False)
         axes.set_yticks(rows, [shortened(m["name"]) for m in modalities])
-        axes.invert_yaxis()
-        axes.set(xlim=(0, max([0.1, *before, *now]) * 1.05), xlabel="share of records")
+        axes.set(xlim=(0, max([0.1, *before, *now]) * 1.05), ylim=(len(modalities) - 0.5, -0.5), xlabel="share of records")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="best", fontsize=8)
