@@ -4,6 +4,7 @@ import sys
 
 from prefect import flow
 
+from flows import events
 from flows.tasks import Record, Stages, challenge, judge, plan, settle
 from mmimpute import population
 from mmimpute.console import report_errors
@@ -14,13 +15,15 @@ from mmimpute.spec import RunConfig, read_config
 def retrain(config: RunConfig) -> Record:
     """A challenger for the shards as they are now: plan, challenge, judge, settle. Returns what each stage did; imputes nothing.
 
-    Raises SetAside at the end where shards had to be set aside.
+    A new champion is told by one `mmimpute.champion.promoted` event. Raises SetAside at the end where shards had to be set aside.
     """
     stages = Stages(config)
     planned = stages.run(plan)["plan"]
     fitted = stages.run(challenge, planned)
     decision = stages.run(judge, planned, fitted)
-    stages.run(settle, fitted, decision)
+    settled = stages.run(settle, fitted, decision)
+    if settled["digest"] != decision["champion"]:
+        events.emit("mmimpute.champion.promoted", config, {"model": settled["digest"], "reason": settled["reason"]})
     population.raise_if_set_aside(population.set_aside(stages.done))
     return stages.done
 

@@ -97,6 +97,14 @@ def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
 
 
 @task(**RETRIES)
+def drift(config: RunConfig, plan_name: str, model: str) -> Record:
+    found = population.drift(config, plan_name, model)
+    rows = [{"drifted because": reason} for reason in found["reasons"]] or [{"new shards": found["shards"], "drifted": False}]
+    create_table_artifact(rows, key="drift")
+    return found
+
+
+@task(**RETRIES)
 def impute(config: RunConfig, plan_name: str, model: str) -> Record:
     with progress("impute", "imputed", "of") as update:
         return population.impute(config, plan_name, model, update)

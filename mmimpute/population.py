@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import mmimpute
-from mmimpute import jobs, planning, registry, retraining
+from mmimpute import drops, jobs, planning, registry, retraining
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import digest, outstanding, table_state
@@ -38,6 +38,12 @@ def plan(config: RunConfig) -> Record:
         new = len(outstanding(config.output, jobs.expected_outputs(found, registry.locate(config.model), config.impute)))
     total = len(found.shards) + len(found.set_aside)
     return {"plan": name, "shards": total, "rows": found.rows, "new": new, "set_aside": found.set_aside}
+
+
+def champion(config: RunConfig) -> str | None:
+    """URL of the champion that stands before the run."""
+    name = registry.champion(config.model)
+    return name and storage.join(config.model, name)
 
 
 def _standing(config: RunConfig, found: Survey) -> str | None:
@@ -100,13 +106,12 @@ def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None
 
 
 def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress = ignore) -> Record:
-    """Compares the shards that are not in the table as imputed by this model with the data that it was fitted on.
+    """Compares the shards that the table was not made from yet with the data that a model was fitted on.
 
     Returns what `jobs.check_drift` does and `record`, the URL where that is kept; without new shards {drifted: False, shards: 0}.
     """
     found = read_plan(config, plan_name)
-    committed = table_state(config.output).keys
-    drop = [shard for key, shard in jobs.expected_outputs(found, model, config.impute).items() if key not in committed]
+    drop = drops.pending(found.shards, config.output)
     if not drop:
         return {"drifted": False, "reasons": [], "shards": 0, "set_aside": {}}
     versions = (f"{s.key} {s.etag}" for s in drop)
@@ -117,6 +122,14 @@ def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress =
     checked["record"] = storage.join(_runs(config), name)
     storage.write(_runs(config), name, json.dumps(checked).encode())
     return checked
+
+
+def asks_for_retraining(config: RunConfig, stages: dict[str, Record]) -> list[str]:
+    """Why a challenger should be trained, in words: the drop has drifted, or the cohort has grown. Empty: no reason."""
+    trained_on = registry.read_record(stages["fit"]["model"], "fitted")["rows"]
+    growth = stages["plan"]["rows"] / trained_on - 1
+    grown = [f"{growth:.0%} more records than the champion was trained on"] if growth >= config.growth else []
+    return [*stages.get("drift", {}).get("reasons", []), *grown]
 
 
 def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:

@@ -139,6 +139,7 @@ class RunConfig(_Settings):
     output: str
     prune: bool = Field(False, description="what was made from inputs that are gone leaves the table")
     retrain: bool = Field(True, description="new data: fit a challenger and let the gate decide; false: the champion imputes them as it is")
+    growth: float = Field(0.2, gt=0, description="of records since the champion was trained, from which on retraining is asked for")
     fit: FitSettings = FitSettings()
     gate: GateSettings = GateSettings()
     impute: ImputeSettings = ImputeSettings()

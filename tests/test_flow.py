@@ -96,7 +96,7 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     fit, cluster = FitSettings(epochs=1, batch_size=64), ClusterSettings(cpus=2)
     spec = read_spec(tmp_path / "cohort.toml")
     config = RunConfig(spec=spec, shards=f"{url}/shards", model=f"{url}/model", output=f"{url}/output", fit=fit, cluster=cluster)
-    for name in ("plan", "fit", "evaluate", "impute", "commit", "report"):
+    for name in ("plan", "drift", "fit", "evaluate", "impute", "commit", "report"):
         monkeypatch.setattr(flow, name, getattr(flow, name).fn)
     steps = []
     monkeypatch.setattr(tasks, "update_progress_artifact", lambda _, progress: steps.append(progress))
@@ -113,8 +113,9 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
 
 def retrained(config: RunConfig, monkeypatch) -> None:
     """A third shard, and a challenger that starts from the champion and is held against it."""
+    from flows import events, tasks
     from flows import retraining as flow
-    from flows import tasks
+    from flows.population import population_run
 
     publish_table(config.shards, "part-002.parquet", linear_cohort(100, seed=9, first=5000))
     config = config.model_copy(update={"fit": config.fit.model_copy(update={"warm_start": True})})
@@ -123,13 +124,19 @@ def retrained(config: RunConfig, monkeypatch) -> None:
     shown = {}
     monkeypatch.setattr(tasks, "create_table_artifact", lambda table, key, **_: shown.update({key: table}))
     monkeypatch.setattr(tasks, "create_markdown_artifact", lambda markdown, key: shown.update({key: markdown}))
+    told = []
+    monkeypatch.setattr(events, "emit", lambda name, _, payload: told.append((name, payload)))
     champion = registry.champion(config.model)
+    standing = population_run.fn(config.model_copy(update={"retrain": False}))
+    assert standing["fit"]["digest"] == champion and standing["drift"]["shards"] == 1
+    assert [name for name, _ in told] == ["mmimpute.retraining.wanted"] and "50% more records" in told.pop()[1]["reasons"][-1]
     stages = flow.retrain.fn(config)
     challenger, decision = stages["challenge"], stages["judge"]
     assert challenger["trained"] and registry.read_record(challenger["model"], "fitted")["start"].endswith(champion)
     assert decision["champion"] == champion and set(decision["modalities"]) == {"labs", "rna", "dx"}
     expected = challenger["digest"] if decision["promoted"] else champion
     assert stages["settle"]["digest"] == registry.champion(config.model) == expected
+    assert [name for name, _ in told] == ["mmimpute.champion.promoted"] * decision["promoted"]
     assert [row["compared"] for row in shown["gate"]] == ["overall", "labs", "rna", "dx", "outcome__died"]
     assert "## Gate" in shown["card"]
     assert not flow.retrain.fn(config)["challenge"]["trained"]

@@ -25,7 +25,7 @@ from mmimpute.data.shards import list_shards, publish_table
 from mmimpute.data.table import expected, table_state
 from mmimpute.imputing import settings_digest
 from mmimpute.spec import ImputeSettings
-from tests.conftest import SPEC, free_port, linear_cohort, untrained_model, write_cohort
+from tests.conftest import SPEC, free_port, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
 DEPLOYED = {"population-run", "data-drop", "retrain", "watch"}
@@ -82,12 +82,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def ward(endpoint, tmp_path_factory):
-    """(run.toml, URL): a cohort of four shards and an untrained champion that is to be replaced."""
+    """(run.toml, URL) of a cohort of four shards."""
     folder, url = tmp_path_factory.mktemp("ward"), "s3://ward"
     store.create_bucket(endpoint, "ward")
     write_cohort(f"{url}/shards", rows=240, shards=4)
     (folder / "cohort.toml").write_text(SPEC)
-    untrained_model(f"{url}/shards", f"{url}/model", folder / "cohort.toml")
     places = "".join(f'{name} = "{url}/{name}"\n' for name in ("shards", "model", "output"))
     settings = "[fit]\nepochs = 12\nbatch_size = 64\n[cluster]\ncpus = 2\n"
     (folder / "run.toml").write_text('title = "Ward 7"\nspec = "cohort.toml"\n' + places + settings)
@@ -131,17 +130,22 @@ def test_schedules_are_kept(server):
     assert all(run["auto_scheduled"] for run in found)
 
 
-def test_runs_of_a_cohort_never_overlap_and_the_second_finds_all_done(server, ward):
+@pytest.fixture(scope="module")
+def first(server, ward):
+    """Two population runs that were started at once, in the order in which they ran."""
     started = [server.start("population-run/ward-7") for _ in range(2)]
-    first, second = sorted((server.wait(run) for run in started), key=lambda run: run["start_time"])
-    assert (first["state_type"], second["state_type"]) == ("COMPLETED", "COMPLETED")
-    assert datetime.fromisoformat(first["end_time"]) <= datetime.fromisoformat(second["start_time"])
+    return sorted((server.wait(run) for run in started), key=lambda run: run["start_time"])
+
+
+def test_runs_of_a_cohort_never_overlap_and_the_second_finds_all_done(first, server, ward):
+    assert [run["state_type"] for run in first] == ["COMPLETED", "COMPLETED"]
+    assert datetime.fromisoformat(first[0]["end_time"]) <= datetime.fromisoformat(first[1]["start_time"])
     assert table_state(f"{ward[1]}/output").version == 0  # the second committed nothing
     left = {artifact["key"] for artifact in server.ask("artifacts/latest/filter", {})}
-    assert {"plan", "model", "accuracy", "commit", "report"} <= left
+    assert {"plan", "model", "accuracy", "commit", "report", "drift"} <= left
 
 
-def test_a_drop_is_taken_in_and_leads_to_a_new_champion_that_imputes_everything(server, ward):
+def test_a_drop_is_taken_in_and_leads_to_a_new_champion_that_imputes_everything(first, server, ward):
     """From the upload on nobody does anything: watch -> data-drop -> retrain, as the cohort has doubled -> population-run."""
     url = ward[1]
     before = registry.champion(f"{url}/model")
