@@ -42,7 +42,7 @@ def compare(schema: CohortSchema, reference: dict, drop: Statistics, scores: np.
         return record | {"rows": 0, "reasons": reasons, "features": [], "features_judged": 0, "modalities": {}, "patterns": None}
     chance = FALSE_ALARMS / (2 * schema.width + 2 * len(schema.modalities) + 1)
     features = _features(schema, reference, drop, chance, settings)
-    modalities = _modalities(schema, reference, drop, scores, chance)
+    modalities = _modalities(schema, reference, drop, scores, chance, settings)
     patterns = _patterns(reference, drop, chance)
     reasons = list(_reasons(features, modalities, patterns, settings))
     return record | {
@@ -89,7 +89,7 @@ def _features(schema: CohortSchema, reference: dict, drop: Statistics, chance: f
             moved = shift(np.array(kept["counts"]), binned(np.array(kept["edges"]), values[good], counts[good]), chance)
             unseen = int(counts[~good | np.isin(values, kept["rare"])].sum())
             entry = {"modality": modality.name, "name": feature.name, "kind": feature.kind} | (moved or {"psi": None, "noise": None})
-            entry["missing"] = _missing(kept["missing"], holders, int(drop.count[at]), int(drop.present[k]), chance)
+            entry["missing"] = _missing(kept["missing"], holders, int(drop.count[at]), int(drop.present[k]), chance, settings)
             entry["unseen"] = unseen / counts.sum() if unseen >= SMALLEST_GROUP else 0.0
             # Levels of fewer than ten training records count as unseen: as many of the drop's may be of them.
             entry["allowed"] = SMALLEST_GROUP / sum(kept["counts"]) if kept["rare"] and sum(kept["counts"]) else 0.0
@@ -103,21 +103,29 @@ def _severity(entry: dict, settings: DriftSettings) -> float:
     return max((entry["psi"] or 0.0) / settings.psi, missing / settings.missing, entry["unseen"] / settings.unseen)
 
 
-def _missing(training: float, m: float, observed: int, n: int, chance: float) -> dict | None:
-    """Shares of records without it, and the difference that the shares exceed by chance; None where there are too few records."""
+def _missing(training: float, m: float, observed: int, n: int, chance: float, settings: DriftSettings) -> dict | None:
+    """Shares of records without it, and whether they differ by more than the threshold and chance; None of too few records.
+
+    The judgement is on the exact share of the drop; a share that stands for a small group is told as in `share_missing`.
+    """
     if n < LEAST or m < LEAST:
         return None
-    drop = share_missing(observed, n)
-    pooled = (training * m + drop * n) / (m + n)
-    return {"training": training, "drop": drop, "noise": float(norm.isf(chance / 2) * np.sqrt(pooled * (1 - pooled) * (1 / m + 1 / n)))}
+    exact = 1 - observed / n
+    pooled = (training * m + exact * n) / (m + n)
+    noise = norm.isf(chance / 2) * np.sqrt(pooled * (1 - pooled) * (1 / m + 1 / n))
+    blurred = SMALLEST_GROUP / m if training in (0, 1) else 0.0  # the training share is told in the same way
+    moved = bool(abs(exact - training) > max(settings.missing, noise + blurred))
+    return {"training": training, "drop": share_missing(observed, n), "moved": moved}
 
 
-def _modalities(schema: CohortSchema, reference: dict, drop: Statistics, scores: np.ndarray, chance: float) -> dict[str, dict]:
+def _modalities(
+    schema: CohortSchema, reference: dict, drop: Statistics, scores: np.ndarray, chance: float, settings: DriftSettings
+) -> dict[str, dict]:
     """What is found of every modality as a whole."""
     summary = summarise([m.name for m in schema.modalities], scores)
     return {
         m.name: {
-            "missing": _missing(reference["missing"][m.name], reference["rows"], int(drop.present[k]), drop.rows, chance),
+            "missing": _missing(reference["missing"][m.name], reference["rows"], int(drop.present[k]), drop.rows, chance, settings),
             "score": _score_shift(reference["score"][m.name], summary[m.name], chance),
         }
         for k, m in enumerate(schema.modalities)
@@ -144,15 +152,11 @@ def _reasons(features: list[dict], modalities: dict, patterns: dict | None, sett
         if (score := found["score"]) and abs(score["shift"]) > max(settings.score, score["noise"]):
             how = "worse" if score["shift"] < 0 else "better"
             yield f"{name} is predicted {how} than in training: by {abs(score['shift']):.2f} standard deviations of a record's log score"
-        if _went(found["missing"], settings):
+        if found["missing"] and found["missing"]["moved"]:
             yield f"{name} is missing of {found['missing']['drop']:.0%} of the records, {found['missing']['training']:.0%} in training"
     if patterns and patterns["psi"] > max(settings.psi, patterns["noise"]):
         yield f"other modalities come together than in training (PSI {patterns['psi']:.2f})"
     yield from _reasons_of_features(features, settings)
-
-
-def _went(missing: dict | None, settings: DriftSettings) -> bool:
-    return missing is not None and abs(missing["drop"] - missing["training"]) > max(settings.missing, missing["noise"])
 
 
 def _reasons_of_features(features: list[dict], settings: DriftSettings) -> Iterator[str]:
@@ -162,7 +166,7 @@ def _reasons_of_features(features: list[dict], settings: DriftSettings) -> Itera
             yield f"{label} has another distribution (PSI {f['psi']:.2f})"
         if f["unseen"] > settings.unseen + f["allowed"]:
             yield f"{label}: {f['unseen']:.0%} of the values are of no level or code seen in training"
-        if _went(f["missing"], settings):
+        if f["missing"] and f["missing"]["moved"]:
             yield f"{label} is missing of {f['missing']['drop']:.0%} of the modality's records, {f['missing']['training']:.0%} in training"
     judged = [f for f in features if f["psi"] is not None]
     moderate = sum(max(settings.psi_moderate, f["noise"]) < f["psi"] <= settings.psi for f in judged)
