@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmimpute.data.profile import MOST_LEVELS, Statistics
-from mmimpute.data.schema import CohortSchema, is_list, is_number, is_output, is_text, storage_type, value_type
+from mmimpute.data.schema import CohortSchema, is_list, is_number, is_output, is_text, is_time, storage_type, value_type
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec
 
@@ -34,7 +34,8 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
     if not modalities:
         raise UserError("no modality found: expected list columns, or scalar columns named modality__feature; write the spec by hand")
     outcomes = (f"{OUTCOMES}*",) if any(n.startswith(OUTCOMES) for n in arrow.names) else ()
-    return CohortSpec(subject_id=subject, timestamp=times[0] if times else None, outcomes=outcomes, modalities=modalities)
+    timestamp = next((n for n in times if is_time(arrow.field(n).type)), None)
+    return CohortSpec(subject_id=subject, timestamp=timestamp, outcomes=outcomes, modalities=modalities)
 
 
 def without_free_text(spec: CohortSpec, schema: CohortSchema, seen: Statistics) -> CohortSpec:

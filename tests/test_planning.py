@@ -7,6 +7,7 @@ from mmimpute import jobs, planning, registry
 from mmimpute.cluster import ingest
 from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
+from mmimpute.drafting import guess_spec
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec, read_spec
 from tests.conftest import linear_cohort, write_cohort
@@ -44,6 +45,17 @@ def test_what_the_spec_says_of_a_modality_reaches_the_model(tmp_path):
     spec = CohortSpec(modalities={"a": chosen, "b": ModalitySpec(prefix="b__", kinds="real")})
     config = jobs.model_config(planning.survey(str(tmp_path), spec).schema, 600, FitSettings())
     assert [(m.hide, m.tails) for m in config.modalities] == [(0.3, "gaussian"), (0.5, "student")]
+
+
+def test_the_event_time_is_a_date_in_the_shards(tmp_path):
+    when = {"seen_at": pa.array([0], pa.time32("s")), "seen_on": pa.array([0], pa.date32()), "note": ["2024-01-01"]}
+    publish_table(str(tmp_path), "0.parquet", pa.table({"subject_id": [1], **when, "a__x": [1.0]}))
+    drafted = guess_spec(planning.columns_of(str(tmp_path)))
+    assert drafted.timestamp == "seen_on"  # a time of day is no event time
+    assert planning.survey(str(tmp_path), drafted).schema.timestamp == "seen_on"
+    for column, message in (("born", "'born' is not in the shards"), ("note", "'note' is string; expected dates or timestamps")):
+        with pytest.raises(UserError, match=message):
+            planning.survey(str(tmp_path), drafted.model_copy(update={"timestamp": column}))
 
 
 def test_the_fingerprint_follows_data_and_schema(tmp_path, spec_file):

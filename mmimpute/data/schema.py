@@ -45,8 +45,11 @@ class Modality(_Frozen):
 
 
 class CohortSchema(_Frozen):
+    """timestamp: the column of the event time, which the model never reads."""
+
     subject_id: str
     subject_type: str
+    timestamp: str | None = None
     modalities: tuple[Modality, ...]
 
     @property
@@ -87,6 +90,10 @@ def is_number(kind: pa.DataType) -> bool:
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
 
 
+def is_time(kind: pa.DataType) -> bool:
+    return pt.is_date(kind) or pt.is_timestamp(kind)
+
+
 def draft_schema(spec: CohortSpec, arrow: pa.Schema, widths: dict[str, int]) -> CohortSchema:
     """The spec's modalities on a shard's columns; kinds may still be `auto` and levels unknown.
 
@@ -95,13 +102,22 @@ def draft_schema(spec: CohortSpec, arrow: pa.Schema, widths: dict[str, int]) -> 
     """
     if spec.subject_id not in arrow.names:
         raise UserError(f"spec: subject_id column {spec.subject_id!r} is not in the shards; they have {_some(arrow.names)}")
+    _check_time(spec.timestamp, arrow)
     hidden = {c for c in arrow.names if any(fnmatchcase(c, pattern) for pattern in spec.outcomes)}
     reserved = {spec.subject_id, spec.timestamp, *hidden}
     modalities = tuple(_draft(name, m, arrow, widths, reserved) for name, m in spec.modalities.items())
     used = [c for m in modalities for c in m.columns]
     if twice := {c for c in used if used.count(c) > 1}:
         raise UserError(f"spec: columns {_some(sorted(twice))} belong to two modalities")
-    return CohortSchema(subject_id=spec.subject_id, subject_type=str(value_type(arrow.field(spec.subject_id).type)), modalities=modalities)
+    subject_type = str(value_type(arrow.field(spec.subject_id).type))
+    return CohortSchema(subject_id=spec.subject_id, subject_type=subject_type, timestamp=spec.timestamp, modalities=modalities)
+
+
+def _check_time(column: str | None, arrow: pa.Schema) -> None:
+    if column and column not in arrow.names:
+        raise UserError(f"spec: timestamp column {column!r} is not in the shards; they have {_some(arrow.names)}")
+    if column and not is_time(arrow.field(column).type):
+        raise UserError(f"spec: timestamp column {column!r} is {arrow.field(column).type}; expected dates or timestamps")
 
 
 def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, int], reserved: set[str]) -> Modality:
