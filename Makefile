@@ -2,13 +2,15 @@
 # make serve                 a Prefect server and worker with the demo's cohort deployed, to try out
 # make test | test-fast | test-all   the tests | without Ray and Prefect | with the slow ones
 # make test-nightly          faults at 20 random moments each
+# make features-env         Feast's own environment, .venv-features; the tests make it where it is not there
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BENCH ?= ../shared/bench
 READY := .venv/.ready
+FEAST := .venv-features/.ready
 
-.PHONY: demo serve test test-fast test-all test-nightly lint clean bench-accuracy
+.PHONY: demo serve test test-fast test-all test-nightly features-env lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -29,6 +31,8 @@ test-all: $(READY)
 test-nightly: $(READY)
 	MMIMPUTE_FAULTS=20 .venv/bin/pytest tests/faults
 
+features-env: $(FEAST)
+
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -37,11 +41,18 @@ bench-accuracy: $(READY)
 	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-features build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing the pinned set into .venv: some minutes, once."
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+# Feast needs an older pandas. The set is complete, so pip has nothing to resolve.
+$(FEAST): constraints-features.txt
+	@echo "Installing Feast into .venv-features: half a minute, once."
+	@test -x .venv-features/bin/pip || $(PYTHON) -m venv .venv-features
+	.venv-features/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-features.txt
 	@touch $@

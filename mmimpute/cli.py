@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute import __version__
+from mmimpute.commands_features import features_app
 from mmimpute.console import (
     accuracy_table,
     console,
@@ -29,6 +30,7 @@ store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a
 app.add_typer(store_app, name="store")
 runs_app = typer.Typer(help="What the runs that made a table did.")
 app.add_typer(runs_app, name="runs")
+app.add_typer(features_app, name="features")
 
 Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
 ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]

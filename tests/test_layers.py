@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("flows",),
     ("mmimpute.cli",),
-    ("mmimpute.demo",),
+    ("mmimpute.demo", "mmimpute.commands_features"),
     ("mmimpute.launch",),
     ("mmimpute.population",),
     ("mmimpute.retraining",),
@@ -21,6 +21,8 @@ LAYERS = [
         "mmimpute.stacking",
         "mmimpute.imputing",
         "mmimpute.metrics",
+        "mmimpute.exporting",
+        "mmimpute.features",
         "mmimpute.verifying",
         "mmimpute.generating",
         "mmimpute.simulating",

@@ -45,6 +45,14 @@ class TableState(NamedTuple):
     keys: frozenset[str]
 
 
+class Snapshot(NamedTuple):
+    """One version of a table: its columns in Delta's types, and when each of its objects was committed."""
+
+    version: int
+    columns: pa.Schema
+    committed_at: dict[str, datetime]
+
+
 def digest(*parts: str) -> str:
     """32 hex digits that stand for the parts."""
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).hexdigest()
@@ -99,8 +107,23 @@ def committed(url: str) -> TableState:
     """The state of a table that has to be there. Raises UserError where it is not."""
     state = table_state(url)
     if state.version is None:
-        raise UserError(f"{url}: no table there; give the URL that `mmimpute impute --output` wrote to")
+        raise _no_table(url)
     return state
+
+
+def snapshot(url: str) -> Snapshot:
+    """The newest version. Raises UserError where there is no table."""
+    table = _open(url)
+    if table is None:
+        raise _no_table(url)
+    actions = pa.table(table.get_add_actions())
+    times = actions["modification_time"].cast(pa.timestamp("ms", "UTC"))
+    committed_at = dict(zip(actions["path"].to_pylist(), times.to_pylist(), strict=True))
+    return Snapshot(table.version(), pa.schema(table.schema().to_arrow()), committed_at)
+
+
+def _no_table(url: str) -> UserError:
+    return UserError(f"{url}: no table there; give the URL that `mmimpute impute --output` wrote to")
 
 
 def _state(table: DeltaTable | None) -> TableState:
