@@ -13,7 +13,7 @@ from mmimpute import drops, jobs, planning, registry, retraining
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import digest, outstanding, table_state
-from mmimpute.errors import SetAside
+from mmimpute.errors import DataError, SetAside
 from mmimpute.jobs import Progress, ignore
 from mmimpute.planning import Survey
 from mmimpute.spec import RunConfig
@@ -108,7 +108,8 @@ def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None
 def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress = ignore) -> Record:
     """Compares the shards that the table was not made from yet with the data that a model was fitted on.
 
-    Returns what `jobs.check_drift` does and `record`, the URL where that is kept; without new shards {drifted: False, shards: 0}.
+    Returns what `jobs.check_drift` does and `record`, the URL where that is kept; without new shards that are good inside
+    {drifted: False, reasons: [], shards, set_aside}.
     """
     found = read_plan(config, plan_name)
     drop = drops.pending(found.shards, config.output)
@@ -118,7 +119,10 @@ def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress =
     name = f"drift-{digest(registry.digest_of(model), config.drift.model_dump_json(), *versions)}.json"
     if storage.exists(_runs(config), name):
         return json.loads(storage.read(_runs(config), name))
-    checked = jobs.check_drift(found.url, drop, model, config.drift, config.cluster, on_progress)
+    try:
+        checked = jobs.check_drift(found.url, drop, model, config.drift, config.cluster, on_progress)
+    except DataError as error:
+        return {"drifted": False, "reasons": [], "shards": len(drop), "set_aside": {error.shard: str(error)}}
     checked["record"] = storage.join(_runs(config), name)
     storage.write(_runs(config), name, json.dumps(checked).encode())
     return checked
@@ -175,7 +179,7 @@ def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str,
         "profile": registry.read_record(fitted["model"], "profile"),
         "history": registry.read_record(fitted["model"], "history"),
         "evaluation": registry.read_record(fitted["model"], "evaluation"),
-        "drift": stages.get("drift"),
+        "drift": stages["drift"] if "record" in stages.get("drift", {}) else None,  # nothing was compared where nothing is new
     }
 
 
