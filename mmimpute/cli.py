@@ -1,6 +1,7 @@
 """The command line: it parses, calls one job, and shows what came of it."""
 
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -19,18 +20,22 @@ from mmimpute.console import (
     run_tables,
     runs_table,
     set_aside_table,
+    show_study,
     watch,
 )
 from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.errors import UserError
 from mmimpute.simulation import SHARD_ROWS, Population
 from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings, read_config, read_spec, validated
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
 app.add_typer(store_app, name="store")
-runs_app = typer.Typer(help="What the runs that made a table did.")
+runs_app = typer.Typer()
 app.add_typer(runs_app, name="runs")
 app.add_typer(features_app, name="features")
+evaluate_app = typer.Typer(invoke_without_command=True)
+app.add_typer(evaluate_app, name="evaluate")
 
 Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
 ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]
@@ -294,18 +299,71 @@ def generate_cohort(
     )
 
 
-@app.command()
-def evaluate(model: ModelUrl, shards: Shards, address: Address = None) -> None:
+@evaluate_app.callback()
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="URL of the model, as given to `mmimpute fit`  \\[required]")] = None,
+    shards: Annotated[str | None, typer.Option(help="URL of the cohort's Parquet shards  \\[required]")] = None,
+    address: Address = None,
+) -> None:
     """Score the model and each of its experts on people not seen, against the column mean.
 
     Example: mmimpute evaluate --model s3://bucket/model/ --shards s3://bucket/cohort/
     """
+    if context.invoked_subcommand:
+        return
+    for name, given in (("model", model), ("shards", shards)):  # a subcommand has its own
+        if given is None:
+            context.fail(f"Missing option '--{name}'.")
     from mmimpute import jobs, planning, registry
 
     place = registry.locate(model)
     found = planning.survey_for(shards, registry.describe(place).cohort)
     console.print(accuracy_table(jobs.evaluate_model(found, place, ClusterSettings(address=address))))
     _finish(found.set_aside)
+
+
+@evaluate_app.command()
+def downstream(
+    context: typer.Context,
+    model: ModelUrl,
+    shards: Annotated[str | None, typer.Option(help="URL of the cohort's shards, outcomes included: imputed here, in memory")] = None,
+    output: Annotated[str | None, typer.Option(help="or URL of the enriched table, imputed with --draws")] = None,
+    outcome: Annotated[str | None, typer.Option(help="column that says who has the outcome")] = None,
+    event: Annotated[str | None, typer.Option(help="or, with --time, column that says whose follow-up ended with the event")] = None,
+    time: Annotated[str | None, typer.Option(help="column: until when people were followed")] = None,
+    equals: Annotated[str | None, typer.Option(help="value of that column that is the event; default: 1 of 0 and 1")] = None,
+    features: Annotated[str, typer.Option(help="covariates, such as labs__sodium,rna\\[ESR1]; default: every number")] = "",
+    exclude: Annotated[str, typer.Option(help="modalities or features that must not be used: what the outcome was made from")] = "",
+    draws: Annotated[int, typer.Option(min=2, help="completed data sets, with --shards")] = 20,
+    seed: int = 0,
+) -> None:
+    """Compare outcome models on complete cases, mean-filled, imputed and multiply imputed covariates.
+
+    Logistic regression for --outcome, Cox regression for --time and --event. Estimates where each covariate has ten people of the
+    rarer kind; predictions are ridge-penalised and cross-validated.
+
+    Example: mmimpute evaluate downstream --model s3://bucket/model/ --shards s3://bucket/cohort/ --outcome outcome__died
+    """
+    if (shards is None) == (output is None):
+        context.fail("give either --shards or --output")
+    if (outcome is None) == (event is None) or (event is None) != (time is None):
+        context.fail("give either --outcome, or --time and --event")
+    if find_spec("statsmodels") is None:
+        raise UserError("outcome models need statsmodels: pip install 'mmimpute[downstream]'")
+    from mmimpute import registry, studying
+    from mmimpute.downstream import compare
+
+    asked = studying.Question(outcome or event, equals, time, _names(features), _names(exclude))
+    if shards:
+        study = studying.from_shards(registry.load(model), shards, asked, draws, seed)
+    else:
+        study = studying.from_table(registry.describe(model).cohort, output, asked)
+    show_study(compare(study, seed))
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 @app.command()

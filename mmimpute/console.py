@@ -139,3 +139,32 @@ def run_tables(run, shards) -> Iterator[Table]:
     aside = [{"shard": row["shard"], "error": row["error"]} for row in shards.select(["shard", "error"]).to_pylist() if row["error"]]
     if aside:
         yield set_aside_table(aside)
+
+
+def show_study(found: dict) -> None:
+    """What outcome models say on complete, filled and imputed covariates (see `downstream.compare`)."""
+    console.print(
+        f"{found['people']:,} people, {found['complete']} of them with every covariate; {found['informative']:,} of the rarer kind; "
+        f"{found['covariates']} covariates"
+    )
+    estimates = Table(title="Estimates: log odds or log hazard per standard deviation of the covariate", caption=_left_out(found))
+    for name in ("analysis", "covariate"):
+        estimates.add_column(name)
+    for name in ("estimate", "standard error", "95% interval", "missing information"):
+        estimates.add_column(name, justify="right")
+    for analysis, rows in found["estimates"].items():
+        for r in rows or ():
+            interval = f"{r['low']:+.3f} to {r['high']:+.3f}"
+            cells = (f"{r['estimate']:+.3f}", f"{r['std_error']:.3f}", interval, f"{r['missing_information']:.0%}")
+            estimates.add_row(analysis, escape(r["name"]), *cells)
+    scores = Table("analysis", "on", "score", title="Predictions of people not learnt from")
+    for analysis, groups in found["scores"].items():
+        for group, metrics in groups.items():
+            scores.add_row(analysis, group, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    for part in (*([estimates] if any(found["estimates"].values()) else [_left_out(found)]), scores, *found["verdicts"]):
+        console.print(part)
+
+
+def _left_out(found: dict) -> str | None:
+    lacking = [name for name, rows in found["estimates"].items() if rows is None]
+    return f"no estimates of {', '.join(lacking)}: too many covariates for the events, or dependent ones; name fewer" if lacking else None

@@ -24,7 +24,8 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 def commands(command=None, path=()) -> list[tuple[str, ...]]:
     command = command or typer.main.get_command(cli.app)
     inner = getattr(command, "commands", {})
-    return [p for name, c in inner.items() for p in commands(c, (*path, name))] if inner else [path]
+    own = [path] if path and (not inner or command.invoke_without_command) else []
+    return own + [p for name, c in inner.items() for p in commands(c, (*path, name))]
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
@@ -45,6 +46,7 @@ def test_all_commands_are_there():
         "generate-cohort",
         "evaluate",
         "drift",
+        "evaluate downstream",
         "vacuum",
         "verify",
         "run",

@@ -4,8 +4,9 @@ The schema is part of the model, so everything in it is a plain, validated value
 """
 
 from collections.abc import Collection
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -65,6 +66,36 @@ class CohortSchema(_Frozen):
     @property
     def imputed(self) -> list[Modality]:
         return [m for m in self.modalities if m.impute]
+
+
+class Place(NamedTuple):
+    """Where a feature is. at: its place in the column's lists, 0 in a scalar column; flat: among all features side by side."""
+
+    modality: Modality
+    feature: Feature
+    column: str
+    at: int
+    flat: int
+
+
+def places(schema: CohortSchema) -> dict[str, Place]:
+    """Every feature by the name that people give it: `labs__sodium`, or `rna[ESR1]` in a list column."""
+    found: dict[str, Place] = {}
+    for m in schema.modalities:
+        for at, feature in enumerate(m.features):
+            in_list = m.layout == "list"
+            column = m.columns[0] if in_list else m.columns[at]
+            label = f"{column}[{feature.name}]" if in_list else column
+            found[label] = Place(m, feature, column, at if in_list else 0, len(found))
+    return found
+
+
+def place_of(found: dict[str, Place], name: str, where: str) -> Place:
+    """One of them. Raises UserError that names those that are like it, or the first."""
+    if name not in found:
+        near = get_close_matches(name, found, 8, 0.4) or list(found)
+        raise UserError(f"{where}: no feature {name!r}; the model's features are called {_some(near)}")
+    return found[name]
 
 
 def is_list(kind: pa.DataType) -> bool:

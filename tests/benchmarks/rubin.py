@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
+
+from mmimpute.rubin import pool
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 from cohorts import LinearGaussian, fit_linear_gaussian
@@ -42,14 +43,10 @@ def one_cohort(truth: LinearGaussian, true: np.ndarray, rows: int, seed: int) ->
 
 
 def rubin(completed: list[np.ndarray], true: np.ndarray) -> np.ndarray:
-    """Whether the 95% interval of each coefficient holds the truth (Rubin 1987, eqs. 3.1.2-3.1.8), and its width."""
+    """Whether the 95% interval of each coefficient holds the truth, and its width."""
     estimates, variances = zip(*(least_squares(x[:, INPUTS], x[:, TARGET]) for x in completed), strict=True)
-    m, estimate, within = len(completed), np.mean(estimates, 0), np.mean(variances, 0)
-    between = np.var(estimates, 0, ddof=1) if m > 1 else np.zeros_like(within)
-    total = within + (1 + 1 / m) * between
-    freedom = (m - 1) * (total / np.maximum((1 + 1 / m) * between, 1e-12)) ** 2 if m > 1 else np.full(len(true), 1e6)
-    half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
-    return np.stack([np.abs(estimate - true) <= half, 2 * half])
+    found = pool(estimates, variances, freedom=len(completed[0]) - len(INPUTS) - 1)
+    return np.stack([(found.low <= true) & (true <= found.high), found.high - found.low])
 
 
 def least_squares(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
