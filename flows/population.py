@@ -5,7 +5,7 @@ import sys
 from prefect import flow
 
 from flows import events
-from flows.tasks import Record, Stages, commit, drift, evaluate, fit, impute, plan, report
+from flows.tasks import Record, Stages, alerts, commit, drift, evaluate, fit, impute, plan, report
 from mmimpute import population
 from mmimpute.console import report_errors
 from mmimpute.spec import RunConfig, read_config
@@ -13,7 +13,7 @@ from mmimpute.spec import RunConfig, read_config
 
 @flow(name="population-run")
 def population_run(config: RunConfig) -> Record:
-    """One population-scale run: plan, drift of what is new, fit, evaluate, impute, commit, report. Returns what each stage did.
+    """One population-scale run: plan, drift of what is new, fit, evaluate, impute, commit, alerts, report. Returns what each stage did.
 
     Where the champion imputes as it is, reasons for retraining are emitted as one `mmimpute.retraining.wanted` event.
     Raises SetAside at the end where shards had to be set aside; the others are published by then.
@@ -26,6 +26,8 @@ def population_run(config: RunConfig) -> Record:
     stages.run(evaluate, planned, model)
     imputed = stages.run(impute, planned, model)
     stages.run(commit, planned, model, imputed["metrics"])
+    if config.alerts:
+        stages.run(alerts, model)
     stages.run(report, stages.done, stages.seconds)
     if reasons := [] if config.retrain else population.asks_for_retraining(config, stages.done):
         events.emit("mmimpute.retraining.wanted", config, {"reasons": reasons})

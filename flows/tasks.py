@@ -118,6 +118,14 @@ def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None
 
 
 @task(**RETRIES)
+def alerts(config: RunConfig, model: str) -> Record:
+    with progress("alerts", "listed", "of") as update:
+        done = population.alerts(config, model, update)
+    create_table_artifact([{"rule": rule, "people": people} for rule, people in done["counts"].items()], key="alerts")
+    return done
+
+
+@task(**RETRIES)
 def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
     written = population.report(config, stages, seconds)
     create_link_artifact(written["report"], key="report")

@@ -254,6 +254,27 @@ def vacuum(
 
 
 @app.command()
+def alerts(
+    rules: Annotated[Path, typer.Option(help="the alert rules, a TOML file")],
+    model: ModelUrl,
+    output: Annotated[str, typer.Option(help="URL of the enriched table, as given to `mmimpute impute`")],
+    to: Annotated[str, typer.Option(help="URL of the table of outreach lists; it holds subject ids")],
+) -> None:
+    """Hold rules against the enriched table and list whom they are about: who probably has what is not on record.
+
+    Example: mmimpute alerts --rules rules.toml --model s3://bucket/model/ --output s3://bucket/enriched/ --to s3://bucket/outreach/
+    """
+    from mmimpute import jobs
+    from mmimpute.alerts import shown
+    from mmimpute.spec import read_rules
+
+    done = jobs.alert_table(model, output, read_rules(rules), to, watch("alerts"))
+    console.print(f"table version {done['version']}: {done['new']} of {done['shards']} shards were new; lists: {escape(to)}")
+    for rule, people in done["counts"].items():
+        console.print(f"  {escape(rule)}: {shown(people)} people")
+
+
+@app.command()
 def generate(
     model: ModelUrl,
     output: Output,

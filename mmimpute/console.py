@@ -40,14 +40,14 @@ def watch(title: str) -> Callable[[dict], None]:
                 f"{record['rows_per_second']:,.0f} records/s"
             )
             return
-        what = next(k for k in ("imputed", "generated", "profiled", "verified") if k in record)
+        what = next(k for k in ("imputed", "generated", "profiled", "verified", "listed") if k in record)
         done = record[what]
         tenth = 10 * done // record["of"]
         if tenth == shown:
             return
         shown = tenth
         seconds = time.monotonic() - began
-        what = what if what in ("profiled", "verified") else "done"
+        what = what if what in ("profiled", "verified", "listed") else "done"
         rows = f", {record['rows']:,} records, {record['rows'] / seconds:,.0f} a second" if "rows" in record else ""
         left = f", {seconds * (record['of'] - done) / done:,.0f} s left" if done < record["of"] else ""
         console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}{left}")

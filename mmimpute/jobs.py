@@ -1,7 +1,9 @@
 """The jobs that the command line and the flows call: each one runs on Ray and leaves its result in storage."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 
 import mmimpute
@@ -19,9 +21,10 @@ from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_of
-from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings
+from mmimpute.spec import AlertRules, ClusterSettings, DriftSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
+LISTING_THREADS = 4  # lists are made of a few columns: what they wait for is the store
 LEAST_ROWS = 60  # fewer records are no training data
 
 
@@ -259,6 +262,40 @@ def verify_table(model: str, shards: str, output: str, cluster: ClusterSettings,
                     problems[status["shard"]] = status["problems"]
                 on_shard({"verified": number, "of": len(pairs), "rows": rows})
     return {"version": state.version, "shards": len(pairs), "rows": rows, "problems": dict(sorted(problems.items()))}
+
+
+def alert_table(model: str, output: str, rules: AlertRules, to: str, on_shard: Progress = ignore) -> dict:
+    """Holds the rules against the table's current version and makes the outreach lists the table at `to`.
+
+    A list is written once per enriched object, model and rules. Returns {version (of the enriched table), shards, new,
+    rows (looked at), counts: {rule: people}}. Raises UserError: no model or table, a rule that does not fit, no place of its own.
+    """
+    from mmimpute import alerts
+
+    alerts.check_apart(output, to)
+    loaded, state = registry.load(model), table.committed(output)
+    objects = [o for o in table.published(output) if o.key in state.keys]
+    # What an enriched object holds follows from its key; an ETag on a disk changes with the time of writing.
+    wanted = {table.output_key(Shard(o.key, "", 0), loaded.digest, alerts.rules_digest(rules)): o for o in objects}
+    done = {o.key for o in table.published(to)}
+    todo, rows = [(key, o) for key, o in wanted.items() if key not in done], 0
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        listing = [pool.submit(alerts.list_shard, loaded, rules, output, shard, to, key) for key, shard in todo]
+        for number, status in enumerate(as_completed(listing), 1):
+            rows += status.result()["rows"]
+            on_shard({"listed": number, "of": len(todo), "rows": rows})
+        lists = [o for o in table.published(to) if o.key in wanted]
+        counts = sum(map(Counter, pool.map(lambda o: alerts.people_listed(to, o), lists)), Counter())
+    gone = {table.source_of(key) for key in table.table_state(to).keys} - {table.source(o.key) for o in objects}
+    lineage = {"version": mmimpute.__version__, "model": loaded.url, "enriched": output, "rules": alerts.rules_digest(rules)}
+    table.commit(to, lists, lineage, gone)
+    return {
+        "version": state.version,
+        "shards": len(objects),
+        "new": len(todo),
+        "rows": rows,
+        "counts": {name: counts[name] for name in rules.rules},
+    }
 
 
 def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

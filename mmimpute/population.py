@@ -1,7 +1,7 @@
 """The stages of a population-scale run. Between them travel URLs and small records; each resumes what it finds done.
 
-plan -> fit -> evaluate -> impute -> commit -> report. What a run leaves behind stands under `<output>/_runs`, which
-readers of the table do not see.
+plan -> fit -> evaluate -> impute -> commit -> alerts (where there are rules) -> report. What a run leaves behind stands
+under `<output>/_runs`, which readers of the table do not see.
 """
 
 import json
@@ -136,6 +136,14 @@ def asks_for_retraining(config: RunConfig, stages: dict[str, Record]) -> list[st
     return [*stages.get("drift", {}).get("reasons", []), *grown]
 
 
+def alerts(config: RunConfig, model: str, on_progress: Progress = ignore) -> Record:
+    """Holds the rules against the table and lists whom they are about. Returns {version, shards, new, counts: {rule: people, or "<10"}}."""
+    from mmimpute.alerts import shown
+
+    done = jobs.alert_table(model, config.output, config.alerts, config.alerts_to, on_progress)
+    return done | {"counts": {rule: shown(people) for rule, people in done["counts"].items()}}
+
+
 def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float]) -> Record:
     """Writes the run's record and its HTML report, once per version of the table. Returns {report, record}."""
     from mmimpute.report import render  # matplotlib is not for those who only impute
@@ -143,12 +151,20 @@ def report(config: RunConfig, stages: dict[str, Record], seconds: dict[str, floa
     model, done = stages["fit"]["model"], stages["commit"]
     name = f"{done['version']:06d}-{registry.digest_of(model)[:8]}"
     places = {"report": storage.join(_runs(config), f"{name}.html"), "record": storage.join(_runs(config), f"{name}.json")}
-    if not done["added"] and not done["removed"] and storage.exists(_runs(config), f"{name}.html"):
+    told = not done["added"] and not done["removed"] and storage.exists(_runs(config), f"{name}.html")
+    if told and not stages.get("alerts", {}).get("new"):
         return places
-    run = _run_record(config, stages, seconds, places)
+    before = json.loads(storage.read(_runs(config), f"{name}.json")) if told else _run_record(config, stages, seconds, places)
+    run = before | {"alerts": _alerts(config, stages)}
     storage.write(_runs(config), f"{name}.json", json.dumps(run).encode())
     storage.write(_runs(config), f"{name}.html", render(run).encode())
     return places
+
+
+def _alerts(config: RunConfig, stages: dict[str, Record]) -> list[Record]:
+    """Per rule its message and how many people it is about."""
+    counts = stages.get("alerts", {}).get("counts", {})
+    return [{"rule": rule, "message": config.alerts.rules[rule].message, "people": people} for rule, people in counts.items()]
 
 
 def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str, float], places: dict[str, str]) -> Record:

@@ -129,6 +129,36 @@ class ClusterSettings(_Settings):
     gpus_per_actor: float = Field(0, ge=0)
 
 
+class Condition(_Settings):
+    """What a value has to be: exactly one of them."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    equals: float | str | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum(bound is not None for bound in (self.at_least, self.at_most, self.equals)) != 1:
+            raise ValueError("give one of at_least, at_most and equals")
+        return self
+
+
+class Rule(Condition):
+    """Whom an alert is about: those for whom the condition holds of `feature` with more than this probability."""
+
+    feature: str = Field(description="a scalar column such as glyco__hba1c, or rna[ESR1] in a list column")
+    probability: float = Field(gt=0, lt=1)
+    not_observed: bool = Field(True, description="only people for whom the feature is not on record; false: observed values count too")
+    where: dict[str, Condition] = Field({}, description="feature or scalar column -> what its value on record has to be")
+    message: str = ""
+
+
+class AlertRules(_Settings):
+    """A rule file: `[rules.<name>]`."""
+
+    rules: dict[str, Rule] = Field(min_length=1)
+
+
 class RunConfig(_Settings):
     """One population-scale run: shards in, a model, enriched shards and a report out."""
 
@@ -140,11 +170,19 @@ class RunConfig(_Settings):
     prune: bool = Field(False, description="what was made from inputs that are gone leaves the table")
     retrain: bool = Field(True, description="new data: fit a challenger and let the gate decide; false: the champion imputes them as it is")
     growth: float = Field(0.2, gt=0, description="of records since the champion was trained, from which on retraining is asked for")
+    alerts: AlertRules | None = Field(None, description="rules that are held against the enriched table: a path or a table")
+    alerts_to: str | None = Field(None, description="URL of the table of outreach lists, with subject ids")
     fit: FitSettings = FitSettings()
     gate: GateSettings = GateSettings()
     impute: ImputeSettings = ImputeSettings()
     drift: DriftSettings = DriftSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _list_has_a_place(self):
+        if (self.alerts is None) != (self.alerts_to is None):
+            raise ValueError("give both of alerts and alerts_to, or neither")
+        return self
 
 
 def read_spec(path: str | Path) -> CohortSpec:
@@ -152,11 +190,17 @@ def read_spec(path: str | Path) -> CohortSpec:
     return validated(CohortSpec, _toml(path), str(path))
 
 
+def read_rules(path: str | Path) -> AlertRules:
+    """The alert rules in a TOML file. Raises UserError that says where and what is allowed."""
+    return validated(AlertRules, _toml(path), str(path))
+
+
 def read_config(path: str | Path) -> RunConfig:
-    """A run configuration. `spec` may be the path of a cohort spec, relative to the file, in place of a table."""
+    """A run configuration. `spec` and `alerts` may be paths, relative to the file, in place of tables."""
     values = _toml(path)
-    if isinstance(values.get("spec"), str):
-        values["spec"] = read_spec(Path(path).parent / values["spec"])
+    for key, read in (("spec", read_spec), ("alerts", read_rules)):
+        if isinstance(values.get(key), str):
+            values[key] = read(Path(path).parent / values[key])
     return validated(RunConfig, values, str(path))
 
 

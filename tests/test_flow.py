@@ -15,7 +15,7 @@ from mmimpute import population, registry, store
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
-from mmimpute.spec import ClusterSettings, FitSettings, RunConfig, read_spec
+from mmimpute.spec import AlertRules, ClusterSettings, FitSettings, RunConfig, read_spec
 from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
@@ -95,8 +95,10 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     (tmp_path / "cohort.toml").write_text(SPEC)
     fit, cluster = FitSettings(epochs=1, batch_size=64), ClusterSettings(cpus=2)
     spec = read_spec(tmp_path / "cohort.toml")
-    config = RunConfig(spec=spec, shards=f"{url}/shards", model=f"{url}/model", output=f"{url}/output", fit=fit, cluster=cluster)
-    for name in ("plan", "drift", "fit", "evaluate", "impute", "commit", "report"):
+    coded = {"feature": "dx__code", "equals": 1, "probability": 0.1}
+    rules = {"alerts": AlertRules.model_validate({"rules": {"coded": coded}}), "alerts_to": f"{url}/outreach"}
+    config = RunConfig(spec=spec, shards=f"{url}/shards", model=f"{url}/model", output=f"{url}/output", fit=fit, cluster=cluster, **rules)
+    for name in ("plan", "drift", "fit", "evaluate", "impute", "commit", "alerts", "report"):
         monkeypatch.setattr(flow, name, getattr(flow, name).fn)
     steps = []
     monkeypatch.setattr(tasks, "update_progress_artifact", lambda _, progress: steps.append(progress))
@@ -105,9 +107,13 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     monkeypatch.setattr(tasks, "create_progress_artifact", lambda *_, **__: None)
     stages = flow.population_run.fn(config)
     assert stages["plan"]["new"] == 2 and stages["impute"]["rows"] == 200 and stages["fit"]["trained"]
-    assert steps == [100.0, 100.0, 50.0, 100.0, 100.0]  # fit: one epoch, then done; impute: two shards, then done
+    # fit: one epoch, then done; impute, and alerts: two shards, then done
+    assert steps == [100.0, 100.0, 50.0, 100.0, 100.0, 50.0, 100.0, 100.0]
+    coded = fetch_table(f"{url}/outreach", sorted(table_state(f"{url}/outreach").keys)[0])
+    assert stages["alerts"]["counts"]["coded"] > 10 and coded.column("rule").to_pylist()[0] == "coded"
     assert np.isfinite(list(stages["evaluate"]["skill"].values())).all()
-    assert flow.population_run.fn(config)["plan"]["new"] == 0
+    again = flow.population_run.fn(config)
+    assert again["plan"]["new"] == again["alerts"]["new"] == 0
     retrained(config, monkeypatch)
 
 

@@ -35,6 +35,7 @@ LAYERS = [
         "mmimpute.outcomes",
         "mmimpute.downstream",
         "mmimpute.studying",
+        "mmimpute.alerts",
         "mmimpute.report",
     ),
     ("mmimpute.registry", "mmimpute.planning", "mmimpute.drafting"),

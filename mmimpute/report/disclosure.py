@@ -31,6 +31,7 @@ def view(run: dict) -> dict[str, Any]:
         },
         "rows": total(run.get("rows")),
         "from_prior": people(run.get("from_prior")),
+        "alerts": [_alert(alert) for alert in run.get("alerts") or ()],
         "imputed": [_imputed(name, counts) for name, counts in (run.get("imputed") or {}).items()],
         "profile": _profile(run["profile"]) if run.get("profile") else None,
         "history": [{name: number(value) for name, value in epoch.items()} for epoch in run.get("history") or ()],
@@ -63,6 +64,11 @@ def number(x: Any) -> float | None:
 
 def _text(x: Any) -> str | None:
     return None if x is None else str(x)
+
+
+def _alert(alert: dict) -> dict:
+    count = alert.get("people")
+    return {"rule": str(alert.get("rule")), "message": str(alert.get("message") or ""), "people": FEW if count == FEW else people(count)}
 
 
 def _imputed(name: str, counts: dict) -> dict:
