@@ -22,7 +22,7 @@ def retrain(config: RunConfig) -> Record:
     fitted = stages.run(challenge, planned)
     decision = stages.run(judge, planned, fitted)
     settled = stages.run(settle, fitted, decision)
-    if settled["digest"] != decision["champion"]:
+    if settled["promoted"]:
         events.emit("mmimpute.champion.promoted", config, {"model": settled["digest"], "reason": settled["reason"]})
     population.raise_if_set_aside(population.set_aside(stages.done))
     return stages.done

@@ -12,6 +12,7 @@ from mmimpute.spec import CohortSpec, ModalitySpec
 
 SUBJECT_NAMES = ("subject_id", "patient_id", "person_id", "id")
 OUTCOMES = "outcome__"
+GROUPS = ("sex", "gender", "female", "male", "age", "race", "ethnicity")  # names of columns by which a model card tells the accuracy
 
 
 def guess_spec(arrow: pa.Schema) -> CohortSpec:
@@ -34,8 +35,15 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
     if not modalities:
         raise UserError("no modality found: expected list columns, or scalar columns named modality__feature; write the spec by hand")
     outcomes = (f"{OUTCOMES}*",) if any(n.startswith(OUTCOMES) for n in arrow.names) else ()
+    groups = tuple(f.name for f in arrow if _is_group(f.name) and not is_list(storage_type(f.type)))
     timestamp = next((n for n in times if is_time(arrow.field(n).type)), None)
-    return CohortSpec(subject_id=subject, timestamp=timestamp, outcomes=outcomes, modalities=modalities)
+    return CohortSpec(subject_id=subject, timestamp=timestamp, outcomes=outcomes, subgroups=groups, modalities=modalities)
+
+
+def _is_group(column: str) -> bool:
+    """demo__sex, age and demo__race_3.0 are; medications__age_spots is not."""
+    name = column.rpartition("__")[2].lower()
+    return name in GROUPS or name.startswith(("race_", "ethnicity_"))
 
 
 def without_free_text(spec: CohortSpec, schema: CohortSchema, seen: Statistics) -> CohortSpec:
@@ -68,6 +76,8 @@ def to_toml(spec: CohortSpec, schema: CohortSchema, unused: list[str]) -> str:
         lines.append(f"timestamp = {json.dumps(spec.timestamp)}")
     if spec.outcomes:
         lines.append(f"outcomes = {json.dumps(list(spec.outcomes))}")
+    if spec.subgroups:
+        lines.append(f"subgroups = {json.dumps(list(spec.subgroups))}")
     for modality in schema.modalities:
         lines += ["", *_modality(spec.modalities[modality.name], modality)]
     return "\n".join(lines) + "\n"

@@ -76,17 +76,17 @@ def _held_against(found: Survey, spec: CohortSpec, place: str, champion: str | N
 def settle(home: str, fitted: dict, decision: dict) -> dict:
     """Promotes a challenger, or leaves the champion. Returns the record of the fit, but for digest and model: those of the champion.
 
-    Raises UserError where another champion came in between.
+    With it `promoted`, whether this call changed the champion, and the reason. Raises UserError where another champion came in between.
     """
-    champion, reason = registry.champion(home), decision["reason"]
+    champion, reason, promoted = registry.champion(home), decision["reason"], False
     if champion == fitted["digest"]:
         reason = STANDS
     elif decision["promoted"]:
         if champion != decision["champion"]:
             raise UserError(f"{home}: the champion changed while a challenger was judged; run again")
         registry.promote(home, fitted["digest"])
-        champion = fitted["digest"]
-    return fitted | {"digest": champion, "model": storage.join(home, champion), "reason": reason}
+        champion, promoted = fitted["digest"], True
+    return fitted | {"digest": champion, "model": storage.join(home, champion), "promoted": promoted, "reason": reason}
 
 
 def renew(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import typer
 
-from mmimpute import cli
+from mmimpute import cli, registry
 from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 from tests.conftest import linear_cohort, write_cohort
@@ -111,6 +111,21 @@ def test_drift_needs_what_fit_keeps(small_cohort, monkeypatch, capsys):
     shards, _, home = small_cohort
     code, text = run(monkeypatch, capsys, "drift", "--model", home, "--shards", shards)
     assert code == 2 and "no reference.json to compare with" in text and "Traceback" not in text
+
+
+def test_a_rollback_and_what_the_list_of_models_says_of_it(small_cohort, folder, monkeypatch, capsys):
+    home = str(folder / "home")
+    first, second = (f"{digit}" * 32 for digit in "ab")
+    for name, at in ((first, "2026-11-01"), (second, "2026-11-08")):
+        storage.write(home, f"{name}/model.json", b"{}")
+        registry.write_record(f"{home}/{name}", "fitted", {"at": at, "rows": 9254})
+        registry.promote(home, name)
+    registry.write_record(f"{home}/{second}", "gate", {"reason": "promoted: better by 0.0120 [of skill]"})
+    code, text = run(monkeypatch, capsys, "rollback", "--model", home)
+    assert code == 0 and text == f"champion again: model {first[:12]}\n" and registry.champion(home) == first
+    code, text = run(monkeypatch, capsys, "models", "--model", home)
+    newest, oldest = (" ".join(line.split()) for line in text.splitlines() if "9,254" in line)
+    assert code == 0 and "rolled back" in newest and "better by 0.0120 [of skill]" in newest and "champion" in oldest
 
 
 def test_endpoint_that_is_not_there(endpoint, monkeypatch, capsys):

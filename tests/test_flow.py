@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mmimpute import population, registry, store
+from mmimpute.cluster import runtime
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
@@ -136,7 +137,8 @@ def retrained(config: RunConfig, monkeypatch) -> None:
     standing = population_run.fn(config.model_copy(update={"retrain": False}))
     assert standing["fit"]["digest"] == champion and standing["drift"]["shards"] == 1
     assert [name for name, _ in told] == ["mmimpute.retraining.wanted"] and "50% more records" in told.pop()[1]["reasons"][-1]
-    stages = flow.retrain.fn(config)
+    with runtime.cluster(config.cluster):
+        stages = flow.retrain.fn(config)
     challenger, decision = stages["challenge"], stages["judge"]
     assert challenger["trained"] and registry.read_record(challenger["model"], "fitted")["start"].endswith(champion)
     assert decision["champion"] == champion and set(decision["modalities"]) == {"labs", "rna", "dx"}

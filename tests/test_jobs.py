@@ -11,6 +11,7 @@ from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
+from mmimpute.drafting import guess_spec
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, GateSettings, ImputeSettings, RunConfig, read_spec
 from tests.conftest import SPEC, linear_cohort, write_cohort
@@ -196,6 +197,12 @@ def test_describe_drafts_a_spec_that_works(cohort, tmp_path):
     assert spec.modalities["dx"].kinds == ("binary", "ordinal", "categorical")
     assert list(found["set_aside"]) == ["x-infinite.parquet"]
     assert found["profile"]["rows"] == 1500
+
+
+def test_describe_suggests_subgroups():
+    names = ("subject_id", "demo__sex", "demo__Age", "demo__race_3.0", "meds__age_spots", "ethnicity", "demo__stage")
+    arrow = pa.schema([(n, pa.float32()) for n in names] + [("age__race", pa.list_(pa.float32()))])
+    assert guess_spec(arrow).subgroups == ("demo__sex", "demo__Age", "demo__race_3.0", "ethnicity")
 
 
 def test_describe_leaves_free_text_out(tmp_path):

@@ -116,7 +116,11 @@ def test_a_champion_that_came_in_between_is_not_overwritten(places):
         retraining.settle(home, {"digest": new}, {"promoted": True, "reason": "promoted", "champion": "f" * 32})
     assert registry.champion(home) == old
     settled = retraining.settle(home, {"digest": new}, {"promoted": False, "reason": "kept: so", "champion": "f" * 32})
-    assert settled["digest"] == registry.champion(home) == old and settled["reason"] == "kept: so"
+    assert settled["digest"] == registry.champion(home) == old and settled["reason"] == "kept: so" and not settled["promoted"]
+    decision = {"promoted": True, "reason": "promoted: so", "champion": old}
+    tries = [retraining.settle(home, {"digest": new}, decision) for _ in range(2)]
+    assert [t["promoted"] for t in tries] == [True, False] and tries[1]["reason"] == retraining.STANDS
+    assert registry.alias(home).former == (old,)
 
 
 def prepared(model: registry.Model, start: str | None, monkeypatch) -> Training:
