@@ -1,5 +1,7 @@
 """Arrow to arrays and back: what was observed comes back bit for bit, whatever the layout."""
 
+import datetime
+import decimal
 import math
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, in_columns
+from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, in_columns, texts
 from mmimpute.data.schema import CohortSchema, Feature, Modality, check_columns, draft_schema
 from mmimpute.drafting import guess_spec
 from mmimpute.errors import DataError
@@ -277,3 +279,21 @@ def test_synthetic_values_take_the_cohorts_types():
     columns = in_columns(modality, np.array([[300.4, 1, 2], [-1.6, 0, 0]]))
     assert [c.to_pylist() for c in columns.values()] == [[127, -2], [20.0, 10.0], ["high", "low"]]
     assert [str(c.type) for c in columns.values()] == ["int8", "double", "string"]
+
+
+def test_what_is_beside_the_model_is_read_as_text():
+    days = [datetime.datetime(2020, 3, 5, 8, tzinfo=datetime.UTC), None]
+    table = pa.table(
+        {
+            "at": pa.array(days, pa.timestamp("us", "UTC")),
+            "day": pa.array([d and d.date() for d in days]),
+            "sex": pa.array(["f", None]).dictionary_encode(),
+            "died": pa.array([True, None]),
+            "code": pa.array([1.0, None]),
+            "price": pa.array([decimal.Decimal("1.5"), None]),
+        }
+    )
+    found = {name: texts(table, name).tolist() for name in (*table.column_names, "none")}
+    assert found["at"][0].startswith("2020-03-05 08:00:00") and found["day"] == ["2020-03-05", ""]
+    assert (found["sex"], found["died"], found["code"], found["price"]) == (["f", ""], ["true", ""], ["1", ""], ["1.5", ""])
+    assert found["none"] == ["", ""] and all(values[1] == "" for values in found.values())
