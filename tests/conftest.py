@@ -130,3 +130,12 @@ def small_cohort(tmp_path_factory):
     write_cohort(str(folder / "shards"))
     untrained_model(str(folder / "shards"), str(folder / "model"), spec)
     return str(folder / "shards"), spec, str(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """(cohort, a model of its first few people, a model of all of it), see `fitting`; of one home, nobody's champion; read only."""
+    from tests import fitting
+
+    home, cohort = str(tmp_path_factory.mktemp("two")), fitting.cohort()
+    return cohort, fitting.fit(home, cohort.slice(0, fitting.FEW), fitting.SPEC, 1), fitting.fit(home, cohort, fitting.SPEC, 3)

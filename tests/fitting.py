@@ -11,9 +11,22 @@ from mmimpute.data.schema import draft_schema
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
 from mmimpute.model import FeatureStatistics, MultiModalVAE
-from mmimpute.spec import CohortSpec, FitSettings
+from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec
 from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
+from tests.conftest import linear_cohort
+
+MODALITIES = {"labs": ModalitySpec(column="labs"), "rna": ModalitySpec(column="rna"), "dx": ModalitySpec(prefix="dx__")}
+SPEC = CohortSpec(timestamp="at", outcomes=("outcome__*",), subgroups=("sex", "age"), modalities=MODALITIES)
+FEW = 65  # people that the lesser of two models saw
+
+
+def cohort(rows: int = 600) -> pa.Table:
+    """A linear cohort with sex, age (some of it missing) and a date."""
+    rng, table = np.random.default_rng(7), linear_cohort(rows)
+    table = table.append_column("sex", pa.array(rng.choice(["f", "m"], rows)))
+    table = table.append_column("age", pa.array(np.where(np.arange(rows) % 50, rng.uniform(18, 90, rows), np.nan), from_pandas=True))
+    return table.append_column("at", pa.array(np.datetime64("2020-03-05") + rng.integers(0, 1500, rows)))
 
 
 def records(table: pa.Table, schema) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,8 @@ from sklearn.model_selection import StratifiedKFold
 from mmimpute import gate, registry
 from mmimpute.data.schema import Feature, Modality
 from mmimpute.evaluation import crps, evaluate, log_loss
-from mmimpute.spec import CohortSpec, GateSettings, ModalitySpec
+from mmimpute.spec import GateSettings
 from tests import fitting
-from tests.conftest import linear_cohort
 
 SETTINGS = GateSettings(resamples=400)
 LOOSE = GateSettings(resamples=200, tolerance=9, likelihood_tolerance=9, calibration_tolerance=9)
@@ -134,23 +133,19 @@ def test_outcomes_are_binary_and_of_enough_people():
     assert list(found) == ["a", "b"] and np.nansum(found["a"]) == 10 and np.isnan(found["a"]).sum() == 10
 
 
-SPEC = CohortSpec(modalities={"labs": ModalitySpec(column="labs"), "rna": ModalitySpec(column="rna"), "dx": ModalitySpec(prefix="dx__")})
+@pytest.fixture(scope="module")
+def cohort(two_models):
+    return two_models[0]
 
 
 @pytest.fixture(scope="module")
-def cohort():
-    return linear_cohort(1000)
+def few(two_models):
+    return two_models[1]
 
 
 @pytest.fixture(scope="module")
-def few(cohort, tmp_path_factory):
-    """A champion that saw the first 65 people only."""
-    return fitting.fit(str(tmp_path_factory.mktemp("few")), cohort.slice(0, 65), SPEC, epochs=1)
-
-
-@pytest.fixture(scope="module")
-def many(cohort, tmp_path_factory):
-    return fitting.fit(str(tmp_path_factory.mktemp("many")), cohort, SPEC, epochs=4)
+def many(two_models):
+    return two_models[2]
 
 
 def outcomes(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -159,7 +154,7 @@ def outcomes(x: np.ndarray) -> dict[str, np.ndarray]:
     return {"high": np.where(np.isnan(labs), np.nan, labs > np.nanmedian(labs))}
 
 
-def test_fifteen_times_the_data_promote(cohort, few, many):
+def test_nine_times_the_data_promote(cohort, few, many):
     x, place = fitting.records(cohort, many.schema)
     found, told = gate.compare(few, many, x, place, outcomes(x), SETTINGS)
     assert found["promoted"], found["reason"]
@@ -202,8 +197,8 @@ def test_models_of_one_member_and_of_five_judge_whom_neither_saw(many):
 
 
 def test_of_another_spec_only_what_is_the_same_is_compared(cohort, many, tmp_path):
-    site = SPEC.modalities["dx"].model_copy(update={"levels": {"site": ("colon", "liver", "lung")}})
-    spec = SPEC.model_copy(update={"modalities": {"rna": SPEC.modalities["rna"], "dx": site}})
+    site = fitting.SPEC.modalities["dx"].model_copy(update={"levels": {"site": ("colon", "liver", "lung")}})
+    spec = fitting.SPEC.model_copy(update={"modalities": {"rna": fitting.SPEC.modalities["rna"], "dx": site}})
     other = fitting.fit(str(tmp_path), cohort.slice(0, 400), spec, epochs=1)
     x, place = fitting.records(cohort, other.schema)
     as_before = gate.translated(x, other.schema, many.schema)

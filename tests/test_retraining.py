@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -16,43 +15,34 @@ from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import UserError
 from mmimpute.model import ModelConfig
-from mmimpute.spec import ClusterSettings, CohortSpec, FitSettings, GateSettings, ModalitySpec, RunConfig
+from mmimpute.spec import ClusterSettings, FitSettings, GateSettings, RunConfig
 from mmimpute.training import OptimiserSettings, Training, summarise
 from tests import fitting
-from tests.conftest import linear_cohort
+from tests.fitting import FEW, SPEC
 
 CLUSTER = ClusterSettings(cpus=2)
 FIT, GATE = FitSettings(epochs=1), GateSettings(resamples=200, calibration_tolerance=0.1)
-MODALITIES = {"labs": ModalitySpec(column="labs"), "rna": ModalitySpec(column="rna"), "dx": ModalitySpec(prefix="dx__")}
-SPEC = CohortSpec(timestamp="at", outcomes=("outcome__*",), subgroups=("sex", "age"), modalities=MODALITIES)
 
 
 @pytest.fixture(scope="module")
-def cohort() -> pa.Table:
-    rng, rows = np.random.default_rng(7), 500
-    table = linear_cohort(rows)
-    table = table.append_column("sex", pa.array(rng.choice(["f", "m"], rows)))
-    table = table.append_column("age", pa.array(np.where(np.arange(rows) % 50, rng.uniform(18, 90, rows), np.nan), from_pandas=True))
-    days = np.datetime64("2020-03-05") + rng.integers(0, 1500, rows)
-    return table.append_column("at", pa.array(days))
+def cohort(two_models):
+    return two_models[0]
 
 
 @pytest.fixture(scope="module")
-def models(cohort, tmp_path_factory):
-    """A home with two models that are no champions: fitted to the first 65 people, and to all."""
-    home = str(tmp_path_factory.mktemp("home"))
-    old, new = fitting.fit(home, cohort.slice(0, 65), SPEC, 1), fitting.fit(home, cohort, SPEC, 3)
-    return home, old, new
+def new(two_models):
+    return two_models[2]
 
 
 @pytest.fixture
-def places(cohort, models, tmp_path):
+def places(two_models, tmp_path):
     """(found before, found now, home): the survey of one shard and that of both, and a home with a model for each."""
-    publish_table(str(tmp_path / "shards"), "a.parquet", cohort.slice(0, 65))
+    cohort, *models = two_models
+    publish_table(str(tmp_path / "shards"), "a.parquet", cohort.slice(0, FEW))
     before = planning.survey(str(tmp_path / "shards"), SPEC)
-    publish_table(str(tmp_path / "shards"), "b.parquet", cohort.slice(65))
+    publish_table(str(tmp_path / "shards"), "b.parquet", cohort.slice(FEW))
     now, home = planning.survey(str(tmp_path / "shards"), SPEC), str(tmp_path / "home")
-    for model, found in zip(models[1:], (before, now), strict=True):
+    for model, found in zip(models, (before, now), strict=True):
         name = registry.save(home, model.module, model.schema, jobs.fingerprint(found, FIT))
         for record in ("profile", "marginals", "history", "set_aside", "fitted"):
             registry.write_record(storage.join(home, name), record, registry.read_record(model.url, record))
@@ -136,8 +126,7 @@ def prepared(model: registry.Model, start: str | None, monkeypatch) -> Training:
     return training._prepare(loop, 0)[0]
 
 
-def test_a_warm_start_is_the_champions_weights_and_the_new_datas_statistics(models, cohort, monkeypatch):
-    new = models[2]
+def test_a_warm_start_is_the_champions_weights_and_the_new_datas_statistics(new, cohort, monkeypatch):
     warm, cold = prepared(new, new.url, monkeypatch), prepared(new, None, monkeypatch)
     for (name, found), (_, given) in zip(warm.model.named_parameters(), new.module.vae.named_parameters(), strict=True):
         assert torch.equal(found, given), name  # member for member, so member e has not seen fold e
@@ -149,13 +138,13 @@ def test_a_warm_start_is_the_champions_weights_and_the_new_datas_statistics(mode
     assert first < scratch - 0.1
 
 
-def test_a_warm_start_needs_the_same_sizes_and_kinds(models):
-    home, _, new = models
+def test_a_warm_start_needs_the_same_sizes_and_kinds(places, new):
+    _, now, home = places
+    name = registry.fitted_on(home, jobs.fingerprint(now, FIT))
     assert jobs._start(home, new.module.config) is None  # no champion
-    registry.promote(home, new.digest)
-    assert jobs._start(home, ModelConfig.from_dict(new.file.config)) == new.url
+    registry.promote(home, name)
+    assert jobs._start(home, ModelConfig.from_dict(new.file.config)) == storage.join(home, name)
     assert jobs._start(home, ModelConfig(new.module.config.modalities, members=1)) is None
-    storage.delete(home, [registry.CHAMPION])
 
 
 def test_what_is_fitted_with_a_warm_start_is_another_thing(places):
@@ -163,9 +152,8 @@ def test_what_is_fitted_with_a_warm_start_is_another_thing(places):
     assert jobs.fingerprint(now, FIT) != jobs.fingerprint(now, FIT.model_copy(update={"warm_start": True}))
 
 
-def test_no_member_learns_of_its_fold_after_a_warm_start(models, cohort, monkeypatch):
+def test_no_member_learns_of_its_fold_after_a_warm_start(new, cohort, monkeypatch):
     """Two trainings from the champion, with other values in fold 0: member 0 moves alike in both, the others do not."""
-    new = models[2]
     x, place = fitting.records(cohort, new.schema)
     folds = torch.from_numpy(fold(place, 5))
     other = np.where(np.isnan(x) | (folds.numpy() != 0)[:, None], x, 1 - x)
