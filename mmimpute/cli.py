@@ -42,6 +42,7 @@ ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmim
 Output = Annotated[str, typer.Option(help="URL to write to")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
 StoreFolder = Annotated[Path, typer.Option(help="where the store keeps its data, credentials and log")]
+TABLE_HELP = "URL of the table, as given to `mmimpute impute --output`"
 DEFAULT_HOME = Path(".mmimpute")
 MOST_FEATURES = 12  # shown of a modality
 LEFT = ("modality", "feature", "kind", "kinds", "range", "model", "fitted", "what it is", "decision")  # columns of text
@@ -478,27 +479,31 @@ def serve(
 
 
 @runs_app.callback(invoke_without_command=True)
-def runs(context: typer.Context, output: Annotated[str, typer.Option(help="URL of the table, as given to `mmimpute impute`")]) -> None:
+def runs(context: typer.Context, output: Annotated[str, typer.Option(help=TABLE_HELP)] = "") -> None:
     """List the runs that made a table, the newest first.
 
     Example: mmimpute runs --output s3://bucket/enriched/
     """
-    context.obj = output
     if context.invoked_subcommand is None:
         from mmimpute.runs import list_runs
 
+        if not output:
+            raise typer.BadParameter("give the URL of the table", param_hint="--output")
         console.print(runs_table(list_runs(output)))
 
 
 @runs_app.command("show")
-def show(context: typer.Context, run: Annotated[str, typer.Argument(help="its name, as `mmimpute runs` lists it")]) -> None:
+def show(
+    run: Annotated[str, typer.Argument(help="its name, as `mmimpute runs` lists it")],
+    output: Annotated[str, typer.Option(help=TABLE_HELP)],
+) -> None:
     """Show what one run did, and to which shards it took longest.
 
-    Example: mmimpute runs --output s3://bucket/enriched/ show impute-20260101T020000Z-1a2b3c4d
+    Example: mmimpute runs show impute-20260101T020000Z-1a2b3c4d --output s3://bucket/enriched/
     """
     from mmimpute.runs import show_run
 
-    for part in run_tables(*show_run(context.obj, run)):
+    for part in run_tables(*show_run(output, run)):
         console.print(part)
 
 
