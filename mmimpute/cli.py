@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from mmimpute import __version__
-from mmimpute.commands_features import features_app
+from mmimpute.commands.features import features_app
+from mmimpute.commands.operate import operate_app
+from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
+from mmimpute.commands.store import store_app
 from mmimpute.console import (
     accuracy_table,
     console,
     drift_tables,
+    new_table,
     problems_table,
     report_errors,
-    run_tables,
-    runs_table,
     set_aside_table,
     show_study,
     watch,
@@ -26,26 +27,19 @@ from mmimpute.console import (
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.errors import UserError
 from mmimpute.simulation import SHARD_ROWS, Population
-from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings, read_config, read_spec, validated
+from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings, read_spec, validated
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-store_app = typer.Typer(no_args_is_help=True, help="The embedded object store: a real S3 server on this machine.")
+app.add_typer(operate_app)
 app.add_typer(store_app, name="store")
-runs_app = typer.Typer()
-app.add_typer(runs_app, name="runs")
 app.add_typer(features_app, name="features")
 evaluate_app = typer.Typer(invoke_without_command=True)
 app.add_typer(evaluate_app, name="evaluate")
 
 Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
-ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]
 Output = Annotated[str, typer.Option(help="URL to write to")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
-StoreFolder = Annotated[Path, typer.Option(help="where the store keeps its data, credentials and log")]
-TABLE_HELP = "URL of the table, as given to `mmimpute impute --output`"
-DEFAULT_HOME = Path(".mmimpute")
 MOST_FEATURES = 12  # shown of a modality
-LEFT = ("modality", "feature", "kind", "kinds", "range", "model", "fitted", "what it is", "decision")  # columns of text
 
 
 @app.callback(invoke_without_command=True)
@@ -83,14 +77,14 @@ def describe(
 
 def _show_profile(profile: dict) -> None:
     names, rows = list(profile["modalities"]), profile["rows"]
-    overview = _table(f"{rows:,} records", "modality", "records", "share", "features", "values observed", "kinds")
-    together = _table("Records that hold both", "modality", *names)
+    overview = new_table(f"{rows:,} records", "modality", "records", "share", "features", "values observed", "kinds")
+    together = new_table("Records that hold both", "modality", *names)
     for at, (name, m) in enumerate(profile["modalities"].items()):
         kinds = ", ".join(sorted({f["kind"] for f in m["features"]}))
         observed = sum(f["observed"] for f in m["features"]) / max(1, rows * len(m["features"]))
         overview.add_row(name, f"{m['present']:,}", f"{m['present'] / rows:.1%}", str(len(m["features"])), f"{observed:.1%}", kinds)
         together.add_row(name, *(f"{n:,}" if n >= SMALLEST_GROUP or n == 0 else f"<{SMALLEST_GROUP}" for n in profile["together"][at]))
-    features = _table("Features (ranges leave out the ten lowest and highest)", "feature", "kind", "observed", "mean", "std", "range")
+    features = new_table("Features (ranges leave out the ten lowest and highest)", "feature", "kind", "observed", "mean", "std", "range")
     for name, m in profile["modalities"].items():
         for f in m["features"][:MOST_FEATURES]:
             numbers = ["-" if f[k] is None else f"{f[k]:.4g}" for k in ("mean", "std", "low", "high")]
@@ -99,13 +93,6 @@ def _show_profile(profile: dict) -> None:
             features.add_row(f"{name}: and {len(m['features']) - MOST_FEATURES} more")
     for table in (overview, together, features):
         console.print(table)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column in LEFT else "right")
-    return table
 
 
 @app.command()
@@ -134,52 +121,6 @@ def fit(
     what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
     console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")
     _finish(found.set_aside | fitted["set_aside"])
-
-
-@app.command()
-def retrain(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file, as for `mmimpute run`")]) -> None:
-    """Fit a challenger to the shards as they are now, hold it against the champion, and promote it if it is better.
-
-    A Prefect flow: plan, challenge, judge, settle. The table \\[gate] of the file says how much worse than the champion a challenger may
-    be anywhere. Nothing is imputed: `mmimpute run` does that, with the champion.
-
-    Example: mmimpute retrain run.toml
-    """
-    from mmimpute import launch
-
-    model = read_config(config).model  # mistakes are told before Prefect starts
-    code = launch.run_flow(config, "retraining")
-    if code in (0, 3):
-        models(model)
-    raise typer.Exit(code)
-
-
-@app.command()
-def models(model: ModelUrl) -> None:
-    """List the models that stand at a URL: which is the champion, which were, and why the others were kept.
-
-    Example: mmimpute models --model s3://bucket/model/
-    """
-    from mmimpute import registry
-
-    found = _table(f"Models at {escape(model)}", "model", "fitted", "records", "what it is", "decision")
-    for entry in registry.listed(model):
-        rows = "-" if entry.rows is None else f"{entry.rows:,}"
-        found.add_row(entry.digest[:12], entry.fitted or "-", rows, entry.role, escape(entry.reason or "-"))
-    console.print(found)
-
-
-@app.command()
-def rollback(model: ModelUrl) -> None:
-    """Make the former champion the champion again. A second call goes back one further.
-
-    The one that was rolled back is not promoted again by `mmimpute retrain` or `run`, but a challenger of newer data may be.
-
-    Example: mmimpute rollback --model s3://bucket/model/
-    """
-    from mmimpute import registry
-
-    console.print(f"champion again: model {registry.rollback(model)[:12]}")
 
 
 @app.command()
@@ -410,104 +351,6 @@ def drift(model: ModelUrl, shards: Shards, address: Address = None) -> None:
 
 
 @app.command()
-def run(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")]) -> None:
-    """Run the whole job as a Prefect flow: plan, fit, evaluate, impute, commit, report.
-
-    Example: mmimpute run run.toml    (on a Prefect server where PREFECT_API_URL is set)
-
-    The file: title, spec (a path or a table), shards, model, output, and optional tables \\[fit], \\[impute], \\[cluster].
-    """
-    from mmimpute import launch
-
-    output = read_config(config).output  # mistakes are told before Prefect starts
-    code = launch.run_flow(config)
-    if code in (0, 3):
-        launch.show_run(output)
-    raise typer.Exit(code)
-
-
-@app.command()
-def watch_drops(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")]) -> None:
-    """Look once whether a new data drop lies among the shards, and tell the Prefect server when it is whole.
-
-    Example: mmimpute watch-drops run.toml    (deployed, it looks every five minutes: see `mmimpute deploy`)
-    """
-    from mmimpute import launch
-
-    read_config(config)
-    raise typer.Exit(launch.execute("drops", str(config)))
-
-
-@app.command()
-def deploy(
-    config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file")],
-    name: Annotated[str, typer.Option(help="of the cohort's deployments and work queue; default: from the title")] = "",
-    pool: Annotated[str, typer.Option(help="Prefect work pool; made as a process pool where there is none")] = "mmimpute",
-    file: Annotated[Path | None, typer.Option(help="a changed copy of flows/prefect.yaml")] = None,
-) -> None:
-    """Register scheduled runs, data drops, retraining and the watcher with the Prefect server of PREFECT_API_URL.
-
-    Example: PREFECT_API_URL=http://127.0.0.1:4200/api mmimpute deploy run.toml
-
-    Deployed again under the same name, they are renewed. Runs of a cohort wait for each other in its work queue.
-    """
-    from mmimpute import launch
-
-    cohort = name or launch.slug(read_config(config).title)
-    code = launch.execute("deploying", str(config), cohort, pool, *([str(file)] if file else []))
-    if not code:
-        deployed = ", ".join(f"{flow}/{cohort}" for flow in ("population-run", "data-drop", "retrain", "watch"))
-        console.print(f"deployed: {escape(deployed)}; start a worker with `prefect worker start --pool {escape(pool)}`")
-    raise typer.Exit(code)
-
-
-@app.command()
-def serve(
-    config: Annotated[Path | None, typer.Argument(help="the run's configuration; default: the demo's")] = None,
-    home: Annotated[Path, typer.Option(help="where the object store and Prefect keep what they need")] = DEFAULT_HOME,
-    port: Annotated[int, typer.Option(help="of Prefect's server and user interface")] = 4200,
-) -> None:
-    """Try deployments out on this machine: an object store, a Prefect server, a worker and a deployed cohort, until Ctrl-C.
-
-    Example: mmimpute serve
-    """
-    from mmimpute import launch
-    from mmimpute.demo import prepare
-
-    config = config or prepare(home, 0)
-    raise typer.Exit(launch.execute("serving", str(home), str(port), str(config), launch.slug(read_config(config).title)))
-
-
-@runs_app.callback(invoke_without_command=True)
-def runs(context: typer.Context, output: Annotated[str, typer.Option(help=TABLE_HELP)] = "") -> None:
-    """List the runs that made a table, the newest first.
-
-    Example: mmimpute runs --output s3://bucket/enriched/
-    """
-    if context.invoked_subcommand is None:
-        from mmimpute.runs import list_runs
-
-        if not output:
-            raise typer.BadParameter("give the URL of the table", param_hint="--output")
-        console.print(runs_table(list_runs(output)))
-
-
-@runs_app.command("show")
-def show(
-    run: Annotated[str, typer.Argument(help="its name, as `mmimpute runs` lists it")],
-    output: Annotated[str, typer.Option(help=TABLE_HELP)],
-) -> None:
-    """Show what one run did, and to which shards it took longest.
-
-    Example: mmimpute runs show impute-20260101T020000Z-1a2b3c4d --output s3://bucket/enriched/
-    """
-    from mmimpute.runs import show_run
-
-    for part in run_tables(*show_run(output, run)):
-        console.print(part)
-
-
-@app.command()
 def demo(
     rows: Annotated[int, typer.Option(help="resample the cohort to this many records; 0 = as it is")] = 0,
     home: Annotated[Path, typer.Option(help="where the object store, the configuration and the report go")] = DEFAULT_HOME,
@@ -519,43 +362,6 @@ def demo(
     from mmimpute.demo import run_demo
 
     raise typer.Exit(run_demo(home, rows))
-
-
-@store_app.command()
-def start(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
-    """Start the store, or find it running, and print the variables that clients need.
-
-    Example: eval "$(mmimpute store start)"
-    """
-    from mmimpute import store
-
-    for name, value in store.start(folder).environment().items():
-        print(f"export {name}={value}")
-
-
-@store_app.command()
-def stop(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
-    """Stop the store; its data stay.
-
-    Example: mmimpute store stop
-    """
-    from mmimpute import store
-
-    console.print("stopped" if store.stop(folder) else "was not running")
-
-
-@store_app.command()
-def status(folder: StoreFolder = DEFAULT_HOME / "store") -> None:
-    """Say whether the store runs, and where. Exit code 1 where it does not.
-
-    Example: mmimpute store status
-    """
-    from mmimpute import store
-
-    endpoint = store.status(folder)
-    console.print(f"running at {endpoint.url}" if endpoint else "not running")
-    if endpoint is None:
-        raise typer.Exit(1)
 
 
 def _finish(set_aside: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from mmimpute.errors import MmimputeError
 
 SLOWEST = 5  # shards of a run that are shown
+LEFT = ("modality", "feature", "kind", "kinds", "range", "model", "fitted", "what it is", "decision")  # columns of text
 LOG_WIDTH = 140  # of what is no terminal
 console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
 errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
@@ -53,6 +54,14 @@ def watch(title: str) -> Callable[[dict], None]:
         console.print(f"  {title}: {done} of {record['of']} shards {what}{rows}{left}")
 
     return update
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Numbers to the right, texts to the left."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in LEFT else "right")
+    return table
 
 
 def accuracy_table(evaluation: dict) -> Table:

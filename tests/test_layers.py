@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("flows",),
     ("mmimpute.cli",),
-    ("mmimpute.demo", "mmimpute.commands_features"),
+    ("mmimpute.commands",),
+    ("mmimpute.demo",),
     ("mmimpute.launch",),
     ("mmimpute.population",),
     ("mmimpute.retraining",),

@@ -1,0 +1,10 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelUrl = Annotated[str, typer.Option(help="URL of the model, as given to `mmimpute fit`")]
+TABLE_HELP = "URL of the table, as given to `mmimpute impute --output`"
+DEFAULT_HOME = Path(".mmimpute")
