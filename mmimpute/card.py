@@ -46,7 +46,16 @@ def groups(values: np.ndarray) -> dict[str, np.ndarray]:
         found = {str(level): values == level for level in np.unique(values[known])}
     else:
         found = dict(_bands(numbers))
-    return {level: rows for level, rows in found.items() if rows.sum() >= SMALLEST_GROUP}
+    kept = told({level: int(rows.sum()) for level, rows in found.items()}, len(values))
+    return {level: found[level] for level in kept}
+
+
+def told(people: Mapping[str, int], total: int) -> list[str]:
+    """Which groups are told: those of SMALLEST_GROUP people or more, unless the total less all of them leaves a smaller one."""
+    kept = sorted((g for g, n in people.items() if n >= SMALLEST_GROUP), key=people.get, reverse=True)
+    while kept and 0 < total - sum(people[g] for g in kept) < SMALLEST_GROUP:
+        kept.pop()
+    return [g for g in people if g in kept]
 
 
 def _numbers(values: np.ndarray) -> np.ndarray | None:
@@ -80,15 +89,18 @@ def scores(measured: Measured, rows: np.ndarray | slice = slice(None)) -> dict |
 def numbers(measured: Mapping[str, Measured], beside: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray]) -> dict:
     """What was measured, over all and by subgroup. beside: subgroup columns as text; outcomes: losses of the regressions."""
     overall = {name: s | {"ece": m.ece} for name, m in measured.items() if (s := scores(m))}
-    by_group = {
-        column: {
-            level: {"people": int(rows.sum()), "modalities": {n: s for n, m in measured.items() if (s := scores(m, rows))}}
-            for level, rows in groups(values).items()
-        }
-        for column, values in beside.items()
-    }
-    told = {name: {"people": int((~np.isnan(o)).sum()), "skill": float(1 - np.nanmean(o))} for name, o in outcomes.items()}
-    return {"modalities": overall, "subgroups": by_group, "outcomes": told}
+    by_group = {column: _by_group(measured, groups(values), overall) for column, values in beside.items()}
+    downstream = {name: {"people": int((~np.isnan(o)).sum()), "skill": float(1 - np.nanmean(o))} for name, o in outcomes.items()}
+    return {"modalities": overall, "subgroups": by_group, "outcomes": downstream}
+
+
+def _by_group(measured: Mapping[str, Measured], levels: Mapping[str, np.ndarray], overall: Mapping[str, dict]) -> dict:
+    found = {level: {"people": int(rows.sum()), "modalities": {}} for level, rows in levels.items()}
+    for name in overall:
+        each = {level: s for level, rows in levels.items() if (s := scores(measured[name], rows))}
+        for level in told({level: s["people"] for level, s in each.items()}, overall[name]["people"]):
+            found[level]["modalities"][name] = each[level]
+    return found
 
 
 def facts(model: registry.Model) -> dict:

@@ -36,6 +36,16 @@ def test_groups_under_ten_people_are_left_out():
     assert card.numbers({"labs": few}, {"demo__sex": levels}, {})["subgroups"]["demo__sex"]["f"]["modalities"] == {}
 
 
+def test_a_small_group_cannot_be_had_from_the_others_and_the_total():
+    assert card.told({"f": 100, "m": 91, "x": 9}, 200) == ["f"]
+    assert card.told({"f": 100, "m": 91, "x": 9}, 210) == ["f", "m"]  # 10 of no known group beside the 9
+    assert card.told({"f": 195}, 200) == [] and card.told({"m": 50, "f": 150}, 200) == ["m", "f"]
+    levels = np.array(["f"] * 100 + ["m"] * 100, object)
+    few = measured(loss=np.where((np.arange(PEOPLE) < 50) | (np.arange(PEOPLE) >= 195), 0.5, np.nan))
+    found = card.numbers({"labs": few, "rna": measured()}, {"sex": levels}, {})["subgroups"]["sex"]
+    assert [list(g["modalities"]) for g in found.values()] == [["rna"], ["rna"]]
+
+
 def test_numbers_are_cut_into_bands_of_a_quarter_each():
     ages = np.random.default_rng(1).uniform(18.1, 90, PEOPLE)
     found = card.groups(np.array([f"{a:.3f}" for a in ages], object))
