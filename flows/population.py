@@ -15,13 +15,16 @@ from mmimpute.spec import RunConfig, read_config
 def population_run(config: RunConfig) -> Record:
     """One population-scale run: plan, drift of what is new, fit, evaluate, impute, commit, alerts, report. Returns what each stage did.
 
-    Where the champion imputes as it is, reasons for retraining are emitted as one `mmimpute.retraining.wanted` event.
+    Drift is told by one `mmimpute.drift.found` event, and where the champion imputes as it is, reasons for retraining by one
+    `mmimpute.retraining.wanted` event.
     Raises SetAside at the end where shards had to be set aside; the others are published by then.
     """
     stages = Stages(config)
     planned = stages.run(plan)["plan"]
     if champion := population.champion(config):
-        stages.run(drift, planned, champion)
+        found = stages.run(drift, planned, champion)
+        if found["drifted"]:
+            events.emit("mmimpute.drift.found", config, {"reasons": found["reasons"]})
     model = stages.run(fit, planned)["model"]
     stages.run(evaluate, planned, model)
     imputed = stages.run(impute, planned, model)

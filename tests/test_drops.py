@@ -14,6 +14,7 @@ from mmimpute import drops
 from mmimpute.data import storage, table
 from mmimpute.data.shards import Shard, list_shards, publish_table
 from mmimpute.errors import UserError
+from mmimpute.spec import CohortSpec, RunConfig
 
 ROWS = pa.table({"subject_id": ["a", "b"], "x": [1.0, None]})
 NOW = timedelta(0)
@@ -79,6 +80,31 @@ def test_a_drop_is_announced_once_and_a_larger_one_again(cohort):
     publish_table(cohort[0], "c.parquet", ROWS)
     assert not drops.announced(cohort[1], drops.look(*cohort, NOW))
     assert drops.pending([Shard("a.parquet", "e", 1)], cohort[1])  # the note is no part of the table
+
+
+def test_the_watcher_tells_of_a_drop_once(tmp_path, monkeypatch):
+    """The flow's own function, without a server."""
+    from flows import drops as flow
+
+    shards, told = f"{tmp_path}/shards", []
+    monkeypatch.setattr(flow.events, "emit", lambda name, _, payload, event_id: told.append((name, payload["shards"], event_id.hex)))
+    spec = CohortSpec(modalities={"labs": {"column": "labs"}})
+    config = RunConfig(spec=spec, shards=shards, model=f"{tmp_path}/model", output=f"{tmp_path}/enriched")
+    publish_table(shards, "a.parquet", ROWS)
+    elsewhere = {"Records": [record("ward", "x.parquet")]}
+    states = [flow.watch.fn(config, *how)["state"] for how in [(5,), (0, elsewhere), (0,), (0,)]]
+    assert states == ["growing", "none", "announced", "announced before"]
+    take_in(shards, config.output)
+    assert flow.watch.fn(config, 0)["state"] == "none"
+    assert [event[:2] for event in told] == [("mmimpute.drop.settled", 1)]
+
+
+def test_a_drop_is_taken_in_by_the_champion(monkeypatch):
+    from flows import drops as flow
+
+    monkeypatch.setattr(flow.population_run, "fn", lambda config: config.retrain)
+    spec = CohortSpec(modalities={"labs": {"column": "labs"}})
+    assert flow.data_drop.fn(RunConfig(spec=spec, shards="s", model="m", output="o")) is False
 
 
 def record(bucket: str, key: str) -> dict:

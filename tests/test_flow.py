@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 from mmimpute import population, registry, store
 from mmimpute.cluster import runtime
@@ -84,6 +85,16 @@ def test_what_is_tried_again():
     for error, expected in again.items():
         state = asyncio.run(exception_to_failed_state(error))
         assert mendable(None, None, state) is expected
+
+
+def test_the_example_of_an_alert_is_an_automation():
+    from prefect.events.schemas.automations import AutomationCore
+
+    import flows
+
+    example = Path(flows.__file__).with_name("alert.example.yaml").read_text()
+    (automation,) = map(AutomationCore.model_validate, yaml.safe_load(example)["automations"])
+    assert automation.trigger.expect == {"mmimpute.drift.found"}
 
 
 def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_path):
