@@ -74,6 +74,19 @@ def survey_of(url: str, shards: list[Shard], schema: CohortSchema) -> Survey:
     return _checked(url, schema, *_read_footers(url, shards))
 
 
+def survey_new(url: str, shards: list[Shard], new: list[Shard], rows: int, schema: CohortSchema) -> Survey:
+    """All shards of a cohort, of which only the new ones' footers are read; the others hold `rows` records.
+
+    Raises UserError where all are new and none fits.
+    """
+    if len(new) == len(shards):
+        return survey_of(url, shards, schema)
+    _, footers, errors = _read_footers(url, new)
+    good = _fitting(schema, new, footers, errors)
+    rows += sum(footers[s.key].num_rows for s in good)
+    return Survey(url, schema, [s for s in shards if s.key not in errors], rows, dict(sorted(errors.items())))
+
+
 def listed_for(url: str, schema: CohortSchema) -> Survey:
     """The shards as they are listed: footers are checked where each is read, so that a plan costs a listing and no more.
 
@@ -114,6 +127,15 @@ def common_schema(schemas: list[pa.Schema], errors: dict[str, str]) -> pa.Schema
 
 
 def _checked(url: str, schema: CohortSchema, shards: list[Shard], footers: dict, errors: dict[str, str]) -> Survey:
+    good = _fitting(schema, shards, footers, errors)
+    if not good:
+        raise UserError(f"{url}: no shard fits the cohort; the first of {len(shards)}: {errors[shards[0].key]}")
+    rows = sum(footers[s.key].num_rows for s in good)
+    return Survey(url, schema, good, rows, dict(sorted(errors.items())))
+
+
+def _fitting(schema: CohortSchema, shards: list[Shard], footers: dict, errors: dict[str, str]) -> list[Shard]:
+    """The shards whose footer fits the schema; the others are told in `errors`."""
     good = []
     for shard in shards:
         if shard.key not in footers:
@@ -125,10 +147,7 @@ def _checked(url: str, schema: CohortSchema, shards: list[Shard], footers: dict,
             good.append(shard)
         except DataError as error:
             errors[shard.key] = str(error)
-    if not good:
-        raise UserError(f"{url}: no shard fits the cohort; the first of {len(shards)}: {errors[shards[0].key]}")
-    rows = sum(footers[s.key].num_rows for s in good)
-    return Survey(url, schema, good, rows, dict(sorted(errors.items())))
+    return good
 
 
 def by_layout(url: str, shards: list[Shard], columns: list[str]) -> list[list[Shard]]:

@@ -11,7 +11,7 @@ from typing import Any
 import mmimpute
 from mmimpute import drops, jobs, planning, registry, retraining
 from mmimpute.data import storage
-from mmimpute.data.shards import fetch_table, publish_table
+from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import digest, outstanding, table_state
 from mmimpute.errors import DataError, SetAside
 from mmimpute.jobs import Progress, ignore
@@ -26,11 +26,12 @@ def _runs(config: RunConfig) -> str:
 
 
 def plan(config: RunConfig) -> Record:
-    """Lists the shards, checks every footer against the spec and says what is new.
+    """Lists the shards, checks footers and says what is new.
 
-    Returns {plan, shards, rows, new, set_aside}; `plan` names the file that the other stages read.
+    Every footer, against the spec; where the champion imputes as it is, only footers of shards that the table was not made from,
+    against the champion's schema. Returns {plan, shards, rows, new, set_aside}; `plan` names the file that the other stages read.
     """
-    found = planning.survey(config.shards, config.spec)
+    found = _survey(config)
     name = f"plan-{digest(found.fingerprint, config.model_dump_json())}.parquet"
     publish_table(_runs(config), name, planning.to_table(found))
     new = len(found.shards)
@@ -38,6 +39,15 @@ def plan(config: RunConfig) -> Record:
         new = len(outstanding(config.output, jobs.expected_outputs(found, registry.locate(config.model), config.impute)))
     total = len(found.shards) + len(found.set_aside)
     return {"plan": name, "shards": total, "rows": found.rows, "new": new, "set_aside": found.set_aside}
+
+
+def _survey(config: RunConfig) -> Survey:
+    place = champion(config)
+    if config.retrain or place is None:
+        return planning.survey(config.shards, config.spec)
+    shards = list_shards(config.shards)
+    new = drops.pending(shards, config.output)
+    return planning.survey_new(config.shards, shards, new, table_state(config.output).rows, registry.describe(place).cohort)
 
 
 def champion(config: RunConfig) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 from mmimpute import jobs, planning, registry
 from mmimpute.cluster import ingest
 from mmimpute.data import storage
-from mmimpute.data.shards import publish_table
+from mmimpute.data.shards import list_shards, publish_table
 from mmimpute.drafting import guess_spec
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec, read_spec
@@ -26,6 +26,23 @@ def test_bad_footers_are_set_aside_and_good_shards_stay(place, spec_file):
     assert "no records" in found.set_aside["x-empty.parquet"]
     assert "no readable Parquet file" in found.set_aside["x-broken.parquet"]
     assert planning.from_table(planning.to_table(found)) == found
+
+
+def test_of_a_known_cohort_only_new_footers_are_read(tmp_path, spec_file, monkeypatch):
+    url, read, footer = str(tmp_path), [], planning.read_footer
+    write_cohort(url, rows=80, shards=4)
+    schema = planning.survey(url, read_spec(spec_file)).schema
+    publish_table(url, "x-missing.parquet", linear_cohort(5).drop_columns(["rna"]))
+    publish_table(url, "y-new.parquet", linear_cohort(7))
+    monkeypatch.setattr(planning, "read_footer", lambda url, shard: read.append(shard.key) or footer(url, shard))
+    shards = list_shards(url)
+    found = planning.survey_new(url, shards, shards[4:], 80, schema)
+    assert sorted(read) == ["x-missing.parquet", "y-new.parquet"]
+    assert found.rows == 87 and list(found.set_aside) == ["x-missing.parquet"]
+    assert [s.key for s in found.shards] == [*(f"part-00{i}.parquet" for i in range(4)), "y-new.parquet"]
+    assert planning.survey_new(url, shards, [], 80, schema).shards == shards and len(read) == 2
+    with pytest.raises(UserError, match="no shard fits the cohort"):
+        planning.survey_new(url, shards[4:5], shards[4:5], 0, schema)
 
 
 def test_a_column_belongs_to_a_prefix_if_most_shards_have_it(tmp_path):

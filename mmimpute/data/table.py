@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookProperties, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -43,6 +44,7 @@ class TableState(NamedTuple):
 
     version: int | None
     keys: frozenset[str]
+    rows: int
 
 
 class Snapshot(NamedTuple):
@@ -128,8 +130,9 @@ def _no_table(url: str) -> UserError:
 
 def _state(table: DeltaTable | None) -> TableState:
     if table is None:
-        return TableState(None, frozenset())
-    return TableState(table.version(), frozenset(pa.table(table.get_add_actions())["path"].to_pylist()))
+        return TableState(None, frozenset(), 0)
+    objects = pa.table(table.get_add_actions())
+    return TableState(table.version(), frozenset(objects["path"].to_pylist()), pc.sum(objects["num_records"]).as_py() or 0)
 
 
 def history(url: str) -> list[dict]:
