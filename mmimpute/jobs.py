@@ -115,7 +115,7 @@ def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[l
 def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> ModelConfig:
     """The model's sizes and kinds, from the settled schema and the number of training records."""
     modalities = tuple(
-        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide, m.tails)
+        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide, m.tails, m.noise)
         for m in schema.modalities
     )
     sizes = {"members": members_for(rows), "pattern": settings.pattern} | ({"shared": settings.z0} if settings.z0 else {})

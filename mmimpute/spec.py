@@ -38,6 +38,9 @@ class ModalitySpec(_Settings):
     impute: bool = Field(True, description="false: used as an input, never imputed")
     hide: float = Field(0.5, gt=0, le=1, description="probability of hiding it in training")
     tails: Tails = Field("student", description="of its real features given the latents")
+    noise: float = Field(
+        0, ge=0, description="most noise expected in it, in standard deviations of each feature: how far to believe it is then learned"
+    )
 
     @model_validator(mode="after")
     def _check(self):

@@ -43,6 +43,7 @@ class Modality(_Frozen):
     impute: bool
     hide: float
     tails: Tails
+    noise: float = 0
 
 
 class CohortSchema(_Frozen):
@@ -172,7 +173,7 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
         raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
     features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
     layout = "list" if spec.column else "scalars"
-    rest = spec.model_dump(include={"impute", "hide", "tails"})
+    rest = spec.model_dump(include={"impute", "hide", "tails", "noise"})
     return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, **rest)
 
 

@@ -26,6 +26,7 @@ class ModalityConfig:
     levels: tuple[int, ...] = ()
     hide: float = 0.5  # how readily training hides it, relative to the other modalities
     tails: str = "student"  # of p(xj | zj, z0) of real features; see likelihoods.py
+    noise: float = 0.0  # most noise that is expected in it, in sds of each feature; see reliability.py
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
@@ -41,6 +42,8 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: ordinal and categorical features need at least 2 levels")
         if not 0 < self.hide <= 1:
             raise ValueError(f"modality {self.name!r}: hide is {self.hide}, expected a value in (0, 1]")
+        if self.noise < 0:
+            raise ValueError(f"modality {self.name!r}: noise is {self.noise}, expected 0 or more")
         if self.tails not in TAILS:
             raise ValueError(f"modality {self.name!r}: unknown tails {self.tails!r}; valid ones are {list(TAILS)}")
 

@@ -98,9 +98,10 @@ class Imputer(nn.Module):
 
     def linear(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The Gaussian's completed vector and the additive expert's columns, for all records."""
-        filled = self.gaussian(*self.gaussian.parts(inputs.z, inputs.observed))
+        believed = self.vae.believed(inputs)
+        filled = self.gaussian(*self.gaussian.parts(inputs.z, believed))
         knots = [s.knots for s in self.vae.standardise]
-        return filled, self.additive.columns(filled, inputs.z, inputs.filled, inputs.observed, self.vae.code, self.gaussian, knots)
+        return filled, self.additive.columns(filled, inputs.z, inputs.filled, believed, self.vae.code, self.gaussian, knots)
 
     def _conditioned(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> "Conditioned":
         inputs = self.vae.inputs(x, observed)

@@ -138,11 +138,12 @@ class SharedEncoder(nn.Module):
         nn.init.constant_(last.bias[..., shared:], CERTAIN)
         nn.init.zeros_(self.skip.weight)
 
-    def forward(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
-        flags_BK = present_BK.to(codes[0].dtype) * self.pattern
-        code_BC = torch.cat([*codes, flags_BK], -1)
-        curved_EBL, raw_EBL = self.trunk(code_BC).float().chunk(2, -1)
-        mean_EBL = curved_EBL + self.skip(code_BC).float()
+    def forward(self, codes: Sequence[Tensor], present_BK: Tensor, weight_EBK: Tensor | float = 1.0) -> Normal:
+        """codes: (B, C_j) or (E, B, C_j); weight_EBK: how far each modality counts as being there."""
+        flags = present_BK.to(codes[0].dtype) * self.pattern * weight_EBK
+        code = torch.cat([*codes, flags], -1)
+        curved_EBL, raw_EBL = self.trunk(code).float().chunk(2, -1)
+        mean_EBL = curved_EBL + self.skip(code).float()
         precision_EBL = fn.softplus(raw_EBL) * present_BK.any(-1, keepdim=True)
         prior = Normal(torch.zeros_like(mean_EBL), torch.ones_like(mean_EBL))
         return product(prior, mean_EBL, precision_EBL)

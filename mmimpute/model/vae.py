@@ -21,6 +21,7 @@ from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior, moments
+from mmimpute.model.reliability import Reliability, corrupt
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 
 
@@ -70,7 +71,9 @@ class MultiModalVAE(nn.Module):
             Likelihoods(m, s, config.members) for m, s in zip(config.modalities, self.standardise, strict=True)
         )
         self.code = nn.ModuleList(Code(m, config.piecewise_limit, config.pattern) for m in config.modalities)
-        self.shared = SharedEncoder(config, sum(c.width for c in self.code))
+        width = sum(c.width for c in self.code)
+        self.shared = SharedEncoder(config, width)
+        self.reliability = Reliability(config, width) if any(m.noise for m in config.modalities) else None
         self.prior = SharedPrior(config.members, config.shared)
         self.private = nn.ModuleList(
             Private(config, m, c.width, p.size) for m, c, p in zip(config.modalities, self.code, self.likelihoods, strict=True)
@@ -108,9 +111,19 @@ class MultiModalVAE(nn.Module):
         return Inputs(filled, z, target, list(observed), codes, present_BK, shown_BK)
 
     def inference(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
-        """q(z0 | the modalities of `present_BK`), of every member."""
+        """q(z0 | the modalities of `present_BK`), of every member; each counts as far as it can be believed."""
         kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
-        return self.shared(kept, present_BK)
+        if self.reliability is None:
+            return self.shared(kept, present_BK)
+        weight_EBK = self.reliability(kept, present_BK)
+        return self.shared([c * weight_EBK[..., j, None] for j, c in enumerate(kept)], present_BK, weight_EBK)
+
+    def believed(self, inputs: Inputs) -> list[Tensor]:
+        """Masks of the observed values without those of modalities that are more noise than signal, K of (B, D_j)."""
+        if self.reliability is None:
+            return inputs.observed
+        sound_BK = self.reliability(inputs.codes, inputs.shown_BK).mean(0) > 0.5
+        return [o & sound_BK[:, j, None] for j, o in enumerate(inputs.observed)]
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -127,12 +140,14 @@ class MultiModalVAE(nn.Module):
         `elbo_scale` is for warm-up; noise comes from `generator` or torch's default. In training L_elbo, which is
         most of the work and little of the objective, is estimated on the first `elbo_share` of the batch.
         """
-        share = self.config.drop_values if self.training else 0.0
-        inputs = self.inputs(x, observed, keep_values(observed, share, generator) if share else None)
+        shown = keep_values(observed, self.config.drop_values, generator) if self.training and self.config.drop_values else observed
+        inputs, noise_loss = self.inputs(x, observed, shown), 0.0
         batch = inputs.present_BK.shape[0]
         some = max(1, round(batch * self.config.elbo_share)) if self.training else batch
         weight_EB = inputs.present_BK.new_ones(self.config.members, batch, dtype=torch.float32) if weight_EB is None else weight_EB
         hidden_BK = hide(inputs.present_BK, self.hide_K, self.config.hide_one, generator)
+        if self.training and self.reliability is not None:
+            inputs, noise_loss = self._with_noise(inputs, shown, hidden_BK, weight_EB, generator)
         both = [torch.cat([c[:some], c]) for c in inputs.codes]
         q0 = self.inference(both, torch.cat([inputs.shown_BK[:some], inputs.shown_BK & ~hidden_BK]))
         q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.split([some, batch], 1), q0.var.split([some, batch], 1), strict=True))
@@ -149,7 +164,21 @@ class MultiModalVAE(nn.Module):
         terms = LossTerms(
             reconstruction_ERK, private_kl_ERK, kl(q_all, prior), impute_EBK, score_EBK, inputs.present_BK, hidden_BK, weight_EB
         )
-        return terms._replace(objective=self._objective(terms, inputs, elbo_scale))
+        return terms._replace(objective=self._objective(terms, inputs, elbo_scale) + noise_loss)
+
+    def _with_noise(
+        self, inputs: Inputs, shown: Sequence[Tensor], hidden_BK: Tensor, weight_EB: Tensor, generator: torch.Generator | None
+    ) -> tuple[Inputs, Tensor]:
+        """The same targets, encoded with noise, and the loss of telling how much; what is hidden tells nothing."""
+        signal_BK = self.reliability.share_of_signal(len(hidden_BK), generator)
+        codes = []
+        for j, (x_BD, shown_BD) in enumerate(zip(inputs.filled, shown, strict=True)):
+            noisy_BD = corrupt(x_BD, shown_BD, getattr(self, f"real_{j}"), self.standardise[j], signal_BK[:, j], generator)
+            z_BD = torch.where(shown_BD, self.standardise[j](noisy_BD), 0.0)
+            codes.append(self.code[j](z_BD, noisy_BD, shown_BD, self.standardise[j].knots))
+        present_BK = inputs.shown_BK & ~hidden_BK
+        kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
+        return dataclasses.replace(inputs, codes=codes), self.reliability.loss(kept, present_BK, signal_BK, weight_EB)
 
     def _terms(
         self, j: int, inputs: Inputs, z0_ERL: Tensor, z0_SEHL: Tensor, rows_H: Tensor, generator: torch.Generator | None
