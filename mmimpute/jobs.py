@@ -14,13 +14,14 @@ from mmimpute.data import profile, storage, table
 from mmimpute.data.reference import reference
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
-from mmimpute.data.split import fold, members_for
+from mmimpute.data.split import fold
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
-from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.model.config import ModelConfig
 from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_of
+from mmimpute.sizing import model_config
 from mmimpute.spec import AlertRules, ClusterSettings, DriftSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
@@ -110,16 +111,6 @@ def _start(home: str, config: ModelConfig) -> str | None:
 def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[list[Shard]]:
     """The shards that were not set aside, as `ingest.records` takes them."""
     return by_layout(found.url, [s for s in found.shards if s.key not in bad], schema.columns)
-
-
-def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> ModelConfig:
-    """The model's sizes and kinds, from the settled schema and the number of training records."""
-    modalities = tuple(
-        ModalityConfig(m.name, tuple(f.kind for f in m.features), tuple(len(f.levels) for f in m.features), m.hide, m.tails, m.noise)
-        for m in schema.modalities
-    )
-    sizes = {"members": members_for(rows), "pattern": settings.pattern} | ({"shared": settings.z0} if settings.z0 else {})
-    return ModelConfig.for_rows(modalities, rows, **sizes)
 
 
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:

@@ -71,13 +71,16 @@ class Model:
 
 def save(home: str, module: Imputer, schema: CohortSchema, fitted_on: str) -> str:
     """Writes a model under its digest and returns that. It is nobody's champion yet."""
-    config = dataclasses.asdict(module.config)
-    file = ModelFile(version=mmimpute.__version__, fitted_on=fitted_on, cohort=schema, config=config).model_dump_json(indent=1).encode()
+    file = file_of(module, schema, fitted_on).model_dump_json(indent=1).encode()
     weights = save_weights({name: t.contiguous() for name, t in module.state_dict().items()})
     name = _digest(file, weights)
     storage.write(home, f"{name}/model.safetensors", weights)
     storage.write(home, f"{name}/model.json", file)
     return name
+
+
+def file_of(module: Imputer, schema: CohortSchema, fitted_on: str) -> ModelFile:
+    return ModelFile(version=mmimpute.__version__, fitted_on=fitted_on, cohort=schema, config=dataclasses.asdict(module.config))
 
 
 def _digest(file: bytes, weights: bytes) -> str:

@@ -99,11 +99,12 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     """A champion with the right schema and standardisation and weights as they were initialised. Returns its place."""
     import torch
 
-    from mmimpute import jobs, planning, registry
+    from mmimpute import planning, registry
     from mmimpute.data import profile
     from mmimpute.data import shards as shard_files
     from mmimpute.model.imputer import Imputer
     from mmimpute.model.standardise import FeatureStatistics
+    from mmimpute.sizing import model_config
     from mmimpute.spec import FitSettings, read_spec
 
     found = planning.survey(url, read_spec(spec_path))
@@ -115,7 +116,7 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     schema, total = profile.settle(found.schema, total)
     torch.manual_seed(0)
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, total).items()}
-    module = Imputer.untrained(jobs.model_config(schema, 600, FitSettings()), statistics, 600)
+    module = Imputer.untrained(model_config(schema, 600, FitSettings()), statistics, 600)
     name = registry.save(home, module.eval(), schema, "untrained")
     registry.promote(home, name)
     return storage.join(home, name)

@@ -4,13 +4,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmimpute import jobs, registry
+from mmimpute import registry
 from mmimpute.data import profile, storage
 from mmimpute.data.arrow import decode, flat
 from mmimpute.data.schema import draft_schema
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
 from mmimpute.model import FeatureStatistics, MultiModalVAE
+from mmimpute.sizing import model_config
 from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec
 from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
@@ -40,7 +41,7 @@ def fit(home: str, table: pa.Table, spec: CohortSpec, epochs: int = 3, fitted_on
     draft = draft_schema(spec, table.schema, widths)
     schema, seen = profile.settle(draft, profile.observe(table, draft, "a shard", 1.0))
     x, place = records(table, schema)
-    config = jobs.model_config(schema, len(x), FitSettings(z0=8))
+    config = model_config(schema, len(x), FitSettings(z0=8))
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, seen).items()}
     data = to_model(x, [len(m.features) for m in schema.modalities])
     folds = torch.from_numpy(fold(place, config.members))

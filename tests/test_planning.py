@@ -3,12 +3,13 @@
 import pyarrow as pa
 import pytest
 
-from mmimpute import jobs, planning, registry
+from mmimpute import planning, registry
 from mmimpute.cluster import ingest
 from mmimpute.data import storage
 from mmimpute.data.shards import list_shards, publish_table
 from mmimpute.drafting import guess_spec
 from mmimpute.errors import UserError
+from mmimpute.sizing import model_config
 from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec, read_spec
 from tests.conftest import linear_cohort, write_cohort
 
@@ -60,7 +61,7 @@ def test_what_the_spec_says_of_a_modality_reaches_the_model(tmp_path):
     publish_table(str(tmp_path), "0.parquet", pa.table({"subject_id": [1], "a__x": [1.0], "b__x": [2.0]}))
     chosen = ModalitySpec(prefix="a__", kinds="real", hide=0.3, tails="gaussian")
     spec = CohortSpec(modalities={"a": chosen, "b": ModalitySpec(prefix="b__", kinds="real")})
-    config = jobs.model_config(planning.survey(str(tmp_path), spec).schema, 600, FitSettings())
+    config = model_config(planning.survey(str(tmp_path), spec).schema, 600, FitSettings())
     assert [(m.hide, m.tails) for m in config.modalities] == [(0.3, "gaussian"), (0.5, "student")]
 
 

@@ -101,6 +101,13 @@ def records(url: str, layouts: list[list[Shard]], schema: CohortSchema) -> Datas
     return first.union(*others) if others else first
 
 
+def enriched(url: str, keys: list[str], change: Callable[[pa.Table], pa.Table]) -> Dataset:
+    """Records of enriched objects, streamed, each block changed."""
+    filesystem, root = storage.arrow_filesystem(url)
+    stored = ray.data.read_parquet([f"{root}/{key}" for key in keys], filesystem=filesystem, partitioning=None)
+    return stored.map_batches(change, batch_format="pyarrow", batch_size=None)
+
+
 @dataclass(frozen=True)
 class Judges:
     """Records in memory: x n x width, NaN where not observed; place, the hash of the id; beside: other columns, as text."""

@@ -105,12 +105,21 @@ def table_state(url: str) -> TableState:
     return _state(_open(url))
 
 
+def table_at(url: str, version: int | None) -> TableState:
+    """The state of a table at a version, None being the newest. Raises UserError where there is no such table or version."""
+    table = _open(url)
+    if table is None:
+        raise _no_table(url)
+    if version is not None:
+        if not 0 <= version <= table.version():
+            raise UserError(f"{url}: no version {version}; the versions are 0 to {table.version()}")
+        table.load_as_version(version)
+    return _state(table)
+
+
 def committed(url: str) -> TableState:
     """The state of a table that has to be there. Raises UserError where it is not."""
-    state = table_state(url)
-    if state.version is None:
-        raise _no_table(url)
-    return state
+    return table_at(url, None)
 
 
 def snapshot(url: str) -> Snapshot:

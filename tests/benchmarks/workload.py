@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmimpute import jobs, registry
+from mmimpute import registry
 from mmimpute.data import profile, storage
 from mmimpute.data.schema import draft_schema
 from mmimpute.model.imputer import Imputer
 from mmimpute.model.standardise import FeatureStatistics
+from mmimpute.sizing import model_config
 from mmimpute.spec import CohortSpec, FitSettings
 
 FACTORS = 16  # behind the values that the Gaussian expert believes in
@@ -78,7 +79,7 @@ def make_model(home: Path, parts: Sequence[Part] = COHORT, members: int = 1) -> 
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, seen).items()}
     rows = {1: 100_000, 5: 10_000}[members]  # of training data: what decides on the number of members
     torch.manual_seed(0)
-    module = Imputer.untrained(jobs.model_config(schema, rows, FitSettings()), statistics, rows)
+    module = Imputer.untrained(model_config(schema, rows, FitSettings()), statistics, rows)
     _correlate(module)
     name = registry.save(str(home), module.eval(), schema, "untrained")
     registry.promote(str(home), name)
