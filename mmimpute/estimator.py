@@ -114,7 +114,8 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
             validate_data(self, X, reset=reset, skip_check_array=True)
             table = nw.maybe_reset_index(nw.from_native(X, eager_only=True)).to_arrow()
             return table.rename_columns([str(c) for c in table.column_names])
-        x = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan")
+        least = 2 if reset else 1
+        x = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan", ensure_min_samples=least)
         return pa.table({f"x{d}": pa.array(column, from_pandas=True) for d, column in enumerate(x.T)})
 
     def _renamed(self, table: pa.Table) -> pa.Table:
