@@ -6,6 +6,7 @@ are the ten earliest and the ten latest of the dates that bound the data window,
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -106,7 +107,9 @@ def _by_group(measured: Mapping[str, Measured], levels: Mapping[str, np.ndarray]
 def facts(model: registry.Model) -> dict:
     """What a fit left beside its model: {digest, version, fitted, rows, shards, set_aside, profile}."""
     fitted, profile, aside = (registry.read_record(model.url, name) for name in ("fitted", "profile", "set_aside"))
-    modalities = {n: {"features": len(m["features"]), "present": m["present"]} for n, m in profile["modalities"].items()}
+    modalities = {
+        n: {"features": prod(m.get("shape", [len(m["features"])])), "present": m["present"]} for n, m in profile["modalities"].items()
+    }
     counts = {"rows": fitted["rows"], "shards": fitted["shards"], "set_aside": len(aside), "profile": modalities}
     return {"digest": model.digest, "version": model.file.version, "fitted": fitted["at"]} | counts
 

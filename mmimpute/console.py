@@ -72,7 +72,8 @@ def accuracy_table(evaluation: dict) -> Table:
     for name, justify in (("modality", "left"), *((n, "right") for n in columns)):
         table.add_column(name, justify=justify)
     for name, found in evaluation["modalities"].items():
-        cells = [found["skill"], *found["experts"].values(), found["r2"], found["auroc"]]
+        alone = [found["experts"].get(expert) for expert in ("vae", "additive", "gaussian")]
+        cells = [found["skill"], *alone, found["r2"], found["auroc"]]
         cover = f"{found['interval90']:.1%}" if found["interval90"] is not None else "-"
         ece = f"{found['ece']:.3f}" if found["ece"] is not None else "-"
         table.add_row(name, f"{found['rows']:,}", *("-" if c is None else f"{c:.3f}" for c in cells), cover, ece)

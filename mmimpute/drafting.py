@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmimpute.data.profile import MOST_LEVELS, Statistics
-from mmimpute.data.schema import CohortSchema, is_list, is_number, is_output, is_text, is_time, storage_type, value_type
+from mmimpute.data.schema import CohortSchema, is_list, is_number, is_output, is_text, is_time, storage_type, tensor_shape, value_type
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec
 
@@ -29,7 +29,7 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
         if field.name in (subject, *times) or field.name.startswith(OUTCOMES) or is_output(field.name, names):
             continue
         if is_list(storage_type(field.type)) and is_number(inner):
-            modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name)
+            modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name, form=_form(field.type))
         elif divided and prefix and (is_number(inner) or is_text(inner)):
             modalities[prefix] = ModalitySpec(prefix=f"{prefix}__")
     if not modalities:
@@ -38,6 +38,12 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
     groups = tuple(f.name for f in arrow if _is_group(f.name) and not is_list(storage_type(f.type)))
     timestamp = next((n for n in times if is_time(arrow.field(n).type)), None)
     return CohortSpec(subject_id=subject, timestamp=timestamp, outcomes=outcomes, subgroups=groups, modalities=modalities)
+
+
+def _form(kind: pa.DataType) -> str:
+    """Tensors of three dimensions and bytes are images, of two signals."""
+    dimensions = len(tensor_shape(kind))
+    return "image" if dimensions == 3 and pt.is_uint8(value_type(kind)) else "signal" if dimensions == 2 else "vector"
 
 
 def _is_group(column: str) -> bool:
@@ -87,6 +93,8 @@ def _modality(spec: ModalitySpec, modality) -> list[str]:
     name = json.dumps(modality.name)
     kinds = [f.kind for f in modality.features]
     place = f"column = {json.dumps(spec.column)}" if spec.column else f"prefix = {json.dumps(spec.prefix)}"
+    if modality.structured:
+        return [f"[modalities.{name}]", place, f"form = {json.dumps(modality.form)}", f"shape = {json.dumps(list(modality.shape))}"]
     lines = [f"[modalities.{name}]", place, f"features = {json.dumps([f.name for f in modality.features])}"]
     lines.append(f"kinds = {json.dumps(kinds[0] if len(set(kinds)) == 1 else kinds)}")
     if levels := {f.name: f.levels for f in modality.features if f.levels}:

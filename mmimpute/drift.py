@@ -21,7 +21,7 @@ from scipy.stats import chi2, norm
 
 from mmimpute.data.profile import SMALLEST_GROUP, Statistics
 from mmimpute.data.reference import binned, known, pool, share_missing, tally
-from mmimpute.data.schema import CohortSchema
+from mmimpute.data.schema import CohortSchema, tabled
 from mmimpute.scoring import LEAST, summarise
 from mmimpute.spec import DriftSettings
 
@@ -40,7 +40,7 @@ def compare(schema: CohortSchema, reference: dict, drop: Statistics, scores: np.
     if not record["judged"]:
         reasons = [f"fewer than {LEAST} records: too few to say anything"]
         return record | {"rows": 0, "reasons": reasons, "features": [], "features_judged": 0, "modalities": {}, "patterns": None}
-    chance = FALSE_ALARMS / (2 * schema.width + 2 * len(schema.modalities) + 1)
+    chance = FALSE_ALARMS / (2 * len(tabled(schema)) + 2 * len(schema.modalities) + 1)
     features = _features(schema, reference, drop, chance, settings)
     modalities = _modalities(schema, reference, drop, scores, chance, settings)
     patterns = _patterns(reference, drop, chance)
@@ -80,20 +80,19 @@ def shift(training: np.ndarray, drop: np.ndarray, chance: float) -> dict | None:
 
 def _features(schema: CohortSchema, reference: dict, drop: Statistics, chance: float, settings: DriftSettings) -> list[dict]:
     """What is found of every feature, the worst first."""
-    found, flat = [], iter(enumerate(reference["features"]))
-    for k, modality in enumerate(schema.modalities):
+    found, present = [], dict(zip((m.name for m in schema.modalities), drop.present, strict=True))
+    for (at, modality, feature), kept in zip(tabled(schema), reference["features"], strict=True):
         holders = reference["rows"] * (1 - reference["missing"][modality.name])
-        for feature, (at, kept) in zip(modality.features, flat, strict=False):
-            values, counts = tally(feature, drop, at)
-            good = known(feature, values)
-            moved = shift(np.array(kept["counts"]), binned(np.array(kept["edges"]), values[good], counts[good]), chance)
-            unseen = int(counts[~good | np.isin(values, kept["rare"])].sum())
-            entry = {"modality": modality.name, "name": feature.name, "kind": feature.kind} | (moved or {"psi": None, "noise": None})
-            entry["missing"] = _missing(kept["missing"], holders, int(drop.count[at]), int(drop.present[k]), chance, settings)
-            entry["unseen"] = unseen / counts.sum() if unseen >= SMALLEST_GROUP else 0.0
-            # Levels of fewer than ten training records count as unseen: as many of the drop's may be of them.
-            entry["allowed"] = SMALLEST_GROUP / sum(kept["counts"]) if kept["rare"] and sum(kept["counts"]) else 0.0
-            found.append(entry)
+        values, counts = tally(feature, drop, at)
+        good = known(feature, values)
+        moved = shift(np.array(kept["counts"]), binned(np.array(kept["edges"]), values[good], counts[good]), chance)
+        unseen = int(counts[~good | np.isin(values, kept["rare"])].sum())
+        entry = {"modality": modality.name, "name": feature.name, "kind": feature.kind} | (moved or {"psi": None, "noise": None})
+        entry["missing"] = _missing(kept["missing"], holders, int(drop.count[at]), int(present[modality.name]), chance, settings)
+        entry["unseen"] = unseen / counts.sum() if unseen >= SMALLEST_GROUP else 0.0
+        # Levels of fewer than ten training records count as unseen: as many of the drop's may be of them.
+        entry["allowed"] = SMALLEST_GROUP / sum(kept["counts"]) if kept["rare"] and sum(kept["counts"]) else 0.0
+        found.append(entry)
     return sorted(found, key=lambda f: _severity(f, settings), reverse=True)
 
 

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from mmimpute import registry
 from mmimpute.data import profile, storage
 from mmimpute.data.arrow import Imputation, decode, enrich, enriched_schema, flat
+from mmimpute.data.completing import filled_in, storage_of
 from mmimpute.data.schema import CohortSchema, draft_schema
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
@@ -56,7 +57,8 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         native = self._table(X, reset=True)
         self.spec_, self.columns_ = _spec(self.modalities, native.column_names)
         table = self._renamed(native)
-        widths = {m.column: pc.max(pc.list_value_length(table[m.column])).as_py() for m in self.spec_.modalities.values() if m.column}
+        lists = [m.column for m in self.spec_.modalities.values() if m.column and m.form != "text"]
+        widths = {c: pc.max(pc.list_value_length(storage_of(table[c]))).as_py() for c in lists}
         draft = draft_schema(self.spec_, table.schema, widths)
         schema, seen = profile.settle(draft, profile.observe(table, draft, TABLE, 1.0))
         settings = FitSettings(epochs=self.epochs, seed=self.random_state)
@@ -141,7 +143,7 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         for name in native.column_names:
             column, imputed = enriched[self.columns_[name]], self._beside(enriched, name, "__imputed")
             if imputed is not None:
-                column = pc.if_else(imputed.is_null(), column.cast(imputed.type), imputed)
+                column = filled_in(column, imputed)
             arrays.append(column)
         return _like(pa.table(arrays, native.column_names), X)
 

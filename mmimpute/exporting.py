@@ -62,6 +62,7 @@ def features_of(schema: CohortSchema, output: str, table: Snapshot) -> Features:
     views = tuple(
         View(f"{m.name}_{suffix}", tuple(_field(table.columns, f"{c}__{suffix}", output) for c in m.columns))
         for m in schema.imputed
+        if not m.structured  # no features: z0 tells of images and signals
         for suffix in ("imputed", "std")
     )
     if LATENT in table.columns.names:

@@ -30,10 +30,10 @@ from sklearn.preprocessing import StandardScaler
 
 from mmimpute import registry
 from mmimpute.data.profile import SMALLEST_GROUP
-from mmimpute.data.schema import CohortSchema, Modality
+from mmimpute.data.schema import CohortSchema, Modality, tabled
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
-from mmimpute.evaluation import INTERVAL, Turn, crps, log_loss, reliability, turns
+from mmimpute.evaluation import INTERVAL, Turn, crps, log_loss, missed, most_frequent, reliability, turns
 from mmimpute.registry import Model
 from mmimpute.spec import GateSettings
 
@@ -66,8 +66,8 @@ class Measured:
 
 def comparable(champion: CohortSchema, challenger: CohortSchema) -> list[str]:
     """The modalities that both impute, of the same features, kinds and levels."""
-    theirs = {m.name: m.features for m in champion.imputed}
-    return [m.name for m in challenger.imputed if theirs.get(m.name) == m.features]
+    theirs = {m.name: (m.features, m.shape, m.vocabulary) for m in champion.imputed}
+    return [m.name for m in challenger.imputed if theirs.get(m.name) == (m.features, m.shape, m.vocabulary)]
 
 
 def same_task(champion: CohortSchema, challenger: CohortSchema) -> bool:
@@ -76,12 +76,17 @@ def same_task(champion: CohortSchema, challenger: CohortSchema) -> bool:
 
 def translated(x: np.ndarray, given: CohortSchema, wanted: CohortSchema) -> np.ndarray:
     """Records of one schema as another has them: what only one of them knows, or spells in other levels, is not observed."""
-    columns = {(m.name, f): at for at, (m, f) in enumerate((m, f) for m in given.modalities for f in m.features)}
+    columns = {key: at for at, key in enumerate(_cells_of(given))}
     found = np.full((len(x), wanted.width), np.nan, x.dtype)
-    for at, key in enumerate((m.name, f) for m in wanted.modalities for f in m.features):
+    for at, key in enumerate(_cells_of(wanted)):
         if key in columns:
             found[:, at] = x[:, columns[key]]
     return found
+
+
+def _cells_of(schema: CohortSchema) -> list[tuple]:
+    """What each value of a record is, in their order."""
+    return [(m.name, m.shape, m.vocabulary, f) for m in schema.modalities for f in m.features]
 
 
 def held_out(place: np.ndarray, *models: Model) -> np.ndarray:
@@ -111,7 +116,8 @@ def _measured(subjects: int, turn: Turn, said, bounds, marginal) -> Measured:
     kinds = np.array([f.kind for f in turn.modality.features])
     cells = cell_scores(turn.modality, turn.truth, *said, *marginal)
     real, binary = kinds == "real", kinds == "binary"
-    inside = np.where(np.isnan(turn.truth), np.nan, (turn.truth >= bounds[0]) & (turn.truth <= bounds[1]))[:, real]
+    asked = ~np.isnan(turn.truth) & ~np.isnan(bounds[0])  # images and signals have no bounds
+    inside = np.where(~asked, np.nan, (turn.truth >= bounds[0]) & (turn.truth <= bounds[1]))[:, real]
     per_subject = []
     for values in (*cells, inside):
         whole = np.full(subjects, np.nan)
@@ -132,6 +138,12 @@ def cell_scores(modality: Modality, y, mean, std, m0, s0) -> tuple[np.ndarray, n
     A feature without spread, or seen in fewer than SMALLEST_GROUP, counts nowhere. The probability of a level is not among what a
     prediction tells, so a categorical feature has no log-likelihood.
     """
+    if modality.form == "text":
+        loss, base = (np.broadcast_to(missed(y, told)[:, None], y.shape) for told in (mean, most_frequent(y)))
+        typical = max(base.mean(), 1e-8)
+        return loss / typical, base / typical, np.full(y.shape, np.nan)
+    if modality.structured:
+        return _whole_scores(y, mean, std, m0, s0)
     loss, marginal, nats = (np.full(y.shape, np.nan) for _ in range(3))
     for d, feature in enumerate(modality.features):
         seen = ~np.isnan(y[:, d])
@@ -141,6 +153,15 @@ def cell_scores(modality: Modality, y, mean, std, m0, s0) -> tuple[np.ndarray, n
         if base.mean() > 0:
             loss[seen, d], marginal[seen, d], nats[seen, d] = own / base.mean(), base / base.mean(), log_density
     return loss, marginal, nats
+
+
+def _whole_scores(y, mean, std, m0, s0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of an image or a signal, whose values have one scale: some of them may hardly vary."""
+    scale = max(float(np.sqrt(np.mean(s0**2))), 1e-8)
+    base = crps(y, m0, np.maximum(s0, 1e-6 * scale))
+    loss, _, nats = _feature_scores("real", y, mean, std, m0, scale)
+    typical = np.nanmean(base)
+    return loss / typical, base / typical, nats
 
 
 def _feature_scores(kind: str, y, mean, std, m0: float, s0: float) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
@@ -158,15 +179,18 @@ def _feature_scores(kind: str, y, mean, std, m0: float, s0: float) -> tuple[np.n
 
 
 def completed(model: Model, x: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Records completed by the member that has not seen the subject, n x columns; categorical features as one column a level."""
+    """Records completed by the member that has not seen the subject, n x columns; categorical features as one column a level.
+
+    Without images and signals.
+    """
     folds = fold(place, model.module.config.members)
     whole = np.empty_like(x)
     for e in np.unique(folds):
         mean, *_ = _predict(model.module.member(e), x[folds == e], model.widths)
         whole[folds == e] = np.concatenate(mean, 1)
-    levels = [len(f.levels) if f.kind == "categorical" else 0 for m in model.schema.modalities for f in m.features]
-    coded = [whole[:, d, None] == np.arange(n) if n else whole[:, d, None] for d, n in enumerate(levels)]
-    return np.concatenate(coded, 1).astype(np.float64)
+    levels = [(d, len(f.levels) if f.kind == "categorical" else 0) for d, _, f in tabled(model.schema)]
+    coded = [whole[:, d, None] == np.arange(n) if n else whole[:, d, None] for d, n in levels]
+    return np.concatenate([np.empty((len(x), 0)), *coded], 1).astype(np.float64)
 
 
 def outcome_losses(columns: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
@@ -202,6 +226,7 @@ class Told:
 
 def tell(model: Model, x: np.ndarray, place: np.ndarray, outcomes: Mapping[str, np.ndarray], marginals: Mapping, seed: int) -> Told:
     """outcomes: 0, 1 and NaN, N each (see `binary_outcomes`); the other arguments as those of `measure`."""
+    outcomes = outcomes if tabled(model.schema) else {}  # regressions read single values
     columns = completed(model, x, place) if outcomes else x
     return Told(measure(model, x, place, marginals), {name: outcome_losses(columns, y, seed) for name, y in outcomes.items()})
 
@@ -214,7 +239,7 @@ def compare(
     theirs, own = (registry.read_record(m.url, "marginals") for m in (champion, challenger))
     new = tell(challenger, x, place, outcomes, own | {n: theirs[n] for n in names}, settings.seed)
     old = tell(champion, translated(x, challenger.schema, champion.schema), place, outcomes, theirs, settings.seed)
-    pairs = {name: (old.outcomes[name], new.outcomes[name]) for name in outcomes}
+    pairs = {name: (old.outcomes[name], new.outcomes[name]) for name in old.outcomes if name in new.outcomes}
     before = {n: m for n, m in old.modalities.items() if n in names}
     return decide(before, new.modalities, pairs, settings, same_task(champion.schema, challenger.schema)), new
 

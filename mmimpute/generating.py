@@ -9,6 +9,7 @@ from mmimpute.data.shards import publish_table
 from mmimpute.registry import Model
 
 SHARD_ROWS = 50_000
+BATCH_VALUES = 1 << 25  # drawn at a time
 
 
 def shard_name(seed: int, number: int) -> str:
@@ -22,15 +23,22 @@ def generate_shard(model: Model, output: str, number: int, rows: int, seed: int)
     """
     first = number * SHARD_ROWS
     generator = torch.Generator(model.module.device).manual_seed((seed << 32) + number)
+    size = max(1, BATCH_VALUES // model.schema.width)
+    parts = [_columns(model, min(size, rows - start), generator) for start in range(0, rows, size)]
+    subjects = _subjects(model.schema.subject_type, first, rows, seed)
+    table = pa.concat_tables(parts).add_column(0, model.schema.subject_id, subjects)
+    metadata = {"mmimpute.version": mmimpute.__version__, "mmimpute.model": model.digest, "mmimpute.synthetic": "true"}
+    publish_table(output, shard_name(seed, number), table.replace_schema_metadata(metadata))
+    return {"output": shard_name(seed, number), "rows": rows}
+
+
+def _columns(model: Model, rows: int, generator: torch.Generator) -> pa.Table:
     with torch.inference_mode():
         drawn = model.module.generate(rows, generator)
-    subjects = _subjects(model.schema.subject_type, first, rows, seed)
-    columns = {model.schema.subject_id: subjects}
+    columns = {}
     for modality, values in zip(model.schema.modalities, drawn, strict=True):
         columns |= in_columns(modality, values.cpu().numpy())
-    metadata = {"mmimpute.version": mmimpute.__version__, "mmimpute.model": model.digest, "mmimpute.synthetic": "true"}
-    publish_table(output, shard_name(seed, number), pa.table(columns).replace_schema_metadata(metadata))
-    return {"output": shard_name(seed, number), "rows": rows}
+    return pa.table(columns)
 
 
 def _subjects(kind: str, first: int, rows: int, seed: int) -> pa.Array:

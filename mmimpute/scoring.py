@@ -7,7 +7,7 @@ import torch
 
 from mmimpute.data.profile import Statistics
 from mmimpute.data.reference import known
-from mmimpute.data.schema import CohortSchema
+from mmimpute.data.schema import CohortSchema, tabled
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
 from mmimpute.model.imputer import Imputer
@@ -63,6 +63,6 @@ def score_drop(imputer: Imputer, schema: CohortSchema, drop: Statistics) -> np.n
     folds = np.maximum(fold(place, imputer.config.members), 0)  # of a single member most people have no fold; new ones it has not seen
     rows = some(folds, place)
     x = x[rows]
-    for at, feature in enumerate(f for m in schema.modalities for f in m.features):
+    for at, _, feature in tabled(schema):
         x[~known(feature, x[:, at]), at] = np.nan
     return score(imputer, x, folds[rows])

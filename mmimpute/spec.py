@@ -11,12 +11,16 @@ from mmimpute.errors import UserError
 Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
 SpecKind = Literal[Kind, "auto"]
 Tails = Literal["gaussian", "student"]
+Form = Literal["vector", "image", "signal", "text"]
 
 
 def _name(name: str) -> str:
     if not name or "__" in name:
         raise ValueError("a modality's name is not empty and has no '__' in it")
     return name
+
+
+SHAPES = {"vector": "[]", "image": "[C, H, W]", "signal": "[T, C]", "text": "[T]"}
 
 
 class _Settings(BaseModel):
@@ -41,6 +45,14 @@ class ModalitySpec(_Settings):
     noise: float = Field(
         0, ge=0, description="most noise expected in it, in standard deviations of each feature: how far to believe it is then learned"
     )
+    form: Form = Field(
+        "vector",
+        description="image: C x H x W of uint8; signal: T x C of numbers, both row-major in a list `column`; text: a string column",
+    )
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="of an image or signal, a tensor column has its own; text: [tokens that are read], default [64]"
+    )
+    vocabulary: int = Field(1000, ge=1, description="most tokens of a text that are known; those in fewer than ten records never are")
 
     @model_validator(mode="after")
     def _check(self):
@@ -50,7 +62,19 @@ class ModalitySpec(_Settings):
             raise ValueError("feature names are not unique")
         if isinstance(self.kinds, tuple) and self.features is not None and len(self.kinds) != len(self.features):
             raise ValueError(f"{len(self.kinds)} kinds for {len(self.features)} features")
+        self._check_form()
         return self
+
+    def _check_form(self) -> None:
+        dimensions = {"vector": 0, "image": 3, "signal": 2, "text": 1}[self.form]
+        if self.form == "vector" and self.shape:
+            raise ValueError("a shape is of an image or a signal: give its `form`")
+        if self.form != "vector" and (
+            self.column is None or self.features is not None or self.kinds not in ("auto", "real") or self.levels
+        ):
+            raise ValueError(f"a modality of form {self.form} is one `column`, without features, kinds and levels")
+        if self.shape and len(self.shape) != dimensions:
+            raise ValueError(f"shape {list(self.shape)}; expected {SHAPES[self.form]}")
 
 
 class CohortSpec(_Settings):

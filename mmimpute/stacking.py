@@ -45,7 +45,8 @@ class Assembly:
         self.imputer = Imputer(vae, kept_components(vae.config, len(fold_N))).eval()
         with torch.no_grad():
             self.inputs = vae.inputs(x, observed)
-        self.members, self.modalities = vae.config.members, range(len(vae.config.modalities))
+        self.members = vae.config.members
+        self.modalities = [j for j, m in enumerate(vae.config.modalities) if not m.structured]  # those that have other experts
 
     def learners(self, member: int, j: int | None = None) -> Tensor:
         """Records that a member learns from (of no member: all), that hold modality j."""
@@ -67,8 +68,11 @@ class Assembly:
 
 
 def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor) -> Imputer:
-    """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record."""
+    """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record. Images, signals and
+    texts are the VAE's alone."""
     data = Assembly(vae.eval(), x, observed, fold_N)
+    if not data.modalities:
+        return data.imputer
     fit_gaussian(data)
     fit_additive(data)
     fit_stack(data)
@@ -80,7 +84,7 @@ def fit_gaussian(data: Assembly) -> None:
     gaussian = data.imputer.gaussian
     for member in range(data.members):
         for j, component in enumerate(gaussian.components):
-            if component.wide:
+            if component.wide and component.parts:
                 component.fit(member, data.inputs.z[j][data.learners(member, j)])
     errors = {g: _gaussian_error(data, g) for g in SHRINKAGES}
     best = min(errors, key=errors.get)
@@ -164,7 +168,7 @@ def _best_penalties(data: Assembly, j: int, regression: Regression) -> tuple[flo
 def fit_stack(data: Assembly) -> None:
     """Weights, error bars and intervals, from what every member says of the records it has not seen."""
     singles = [data.imputer.member(e) for e in range(data.members)]
-    gaps = list(_gaps(data, singles))
+    gaps = dict(zip(data.modalities, _gaps(data, singles), strict=True))
     for j in data.modalities:
         whole = _pieces(data, singles, j)
         data.imputer.conformal.many_K[j] = _many(data, j)

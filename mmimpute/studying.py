@@ -61,7 +61,9 @@ def covariates(schema: CohortSchema, asked: Question) -> dict[str, Place]:
         if place.feature.kind == "categorical" or name in hidden:
             why = "excluded" if name in hidden else "categorical; covariates are numbers"
             raise UserError(f"--features: {name!r} is {why}")
-    chosen = asked.features or [n for n, p in known.items() if n not in hidden and p.feature.kind != "categorical"]
+    chosen = asked.features or [
+        n for n, p in known.items() if n not in hidden and p.feature.kind != "categorical" and not p.modality.structured
+    ]
     if len(chosen) > MOST_COVARIATES:
         raise UserError(
             f"{len(chosen):,} covariates, more than {MOST_COVARIATES}: name those to use with --features, or --exclude modalities"

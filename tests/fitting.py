@@ -7,7 +7,7 @@ import torch
 from mmimpute import registry
 from mmimpute.data import profile, storage
 from mmimpute.data.arrow import decode, flat
-from mmimpute.data.schema import draft_schema
+from mmimpute.data.schema import draft_schema, storage_type
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
 from mmimpute.model import FeatureStatistics, MultiModalVAE
@@ -37,7 +37,11 @@ def records(table: pa.Table, schema) -> tuple[np.ndarray, np.ndarray]:
 
 def fit(home: str, table: pa.Table, spec: CohortSpec, epochs: int = 3, fitted_on: str = "a table") -> registry.Model:
     """A model of few epochs with all that a fit leaves beside it; nobody's champion."""
-    widths = {m.column: table.schema.field(m.column).type.list_size for m in spec.modalities.values() if m.column}
+    widths = {
+        m.column: storage_type(table.schema.field(m.column).type).list_size
+        for m in spec.modalities.values()
+        if m.column and m.form != "text"
+    }
     draft = draft_schema(spec, table.schema, widths)
     schema, seen = profile.settle(draft, profile.observe(table, draft, "a shard", 1.0))
     x, place = records(table, schema)

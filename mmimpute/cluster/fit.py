@@ -45,6 +45,7 @@ TUNE_BATCH = 1024
 MOST_TUNED = 2_000  # records that judge an epoch, up to TUNE_BYTES of them
 TUNE_BYTES = 64 << 20
 MOST_LEARNERS, MOST_JUDGES = 20_000, 10_000  # records to which the other experts and the stack are fitted
+SAMPLE_BYTES = 512 << 20  # of those records at most: images are large
 SHUFFLED_BATCHES = 16  # held for shuffling while streaming
 RESTARTS = 3  # of the workers, after a crash
 Progress = Callable[[dict], None]
@@ -197,9 +198,14 @@ class RankRecords:
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Records for the other experts and the stack, and their folds."""
-        if len(self.fold_N) <= MOST_LEARNERS + MOST_JUDGES:
+        share = min(1.0, SAMPLE_BYTES / (4 * self.x_ND.shape[1] * (MOST_LEARNERS + MOST_JUDGES)))
+        learners, judges = int(share * MOST_LEARNERS), int(share * MOST_JUDGES)
+        if len(self.fold_N) <= learners + judges:
             return self.x_ND, self.fold_N
-        rows = torch.cat([(self.fold_N < 0).nonzero().squeeze(1)[:MOST_LEARNERS], (self.fold_N >= 0).nonzero().squeeze(1)[:MOST_JUDGES]])
+        if self.members > 1:
+            rows = torch.linspace(0, len(self.fold_N) - 1, learners + judges).long()  # they stand in the order of their folds
+            return self.x_ND[rows], self.fold_N[rows]
+        rows = torch.cat([(self.fold_N < 0).nonzero().squeeze(1)[:learners], (self.fold_N >= 0).nonzero().squeeze(1)[:judges]])
         return self.x_ND[rows], self.fold_N[rows]
 
     def epoch(self, seed: int, size: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

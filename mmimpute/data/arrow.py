@@ -5,6 +5,7 @@ features are the index of their level. float64 where the column holds more than 
 observed is copied exactly.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import pyarrow.types as pt
 from mmimpute.data.schema import FROM_PRIOR, LATENT, CohortSchema, Feature, Modality, is_list, is_text, storage_type, value_type
 from mmimpute.errors import DataError
 
+TOKEN = re.compile(r"[^\W_]+")
 UNSEEN = -1  # index of a value of no known level
 
 
@@ -58,6 +60,8 @@ def check_subjects(ids: pa.ChunkedArray, column: str, shard: str) -> None:
 
 def _decode_modality(table, modality: Modality, shard: str, strict: bool) -> np.ndarray:
     arrays = [_one(table.column(c)) for c in modality.columns]
+    if modality.layout == "text":
+        return token_ids(arrays[0], modality)
     if modality.layout == "list":
         x = _decode_list(arrays[0], len(modality.features), modality.columns[0], shard)
     else:
@@ -102,6 +106,30 @@ def _decode_list(array: pa.Array, width: int, column: str, shard: str) -> np.nda
     x = np.full((len(array), width), np.nan, values.dtype)
     x[present] = values
     return x
+
+
+def tokens(text: str) -> list[str]:
+    """Words and numbers in lower case, in their order."""
+    return TOKEN.findall(text.lower())
+
+
+def token_ids(array: pa.Array, modality: Modality) -> np.ndarray:
+    """N x T: each text's first tokens of the vocabulary as their number, from 1 on, then 0; NaN where there is no text."""
+    known = {token: float(at) for at, token in enumerate(modality.vocabulary, 1)}
+    x = np.zeros((len(array), modality.shape[0]), np.float32)
+    for row, text in enumerate(array.to_pylist()):
+        if text is None:
+            x[row] = np.nan
+            continue
+        ids = [known[t] for t in tokens(text) if t in known][: x.shape[1]]
+        x[row, : len(ids)] = ids
+    return x
+
+
+def texts_of(x: np.ndarray, modality: Modality) -> list[str]:
+    """Rows of token ids as texts: their tokens with spaces between them."""
+    words = ("", *modality.vocabulary)
+    return [" ".join(words[int(i)] for i in row if i > 0) for row in x]
 
 
 def texts(table: pa.Table, column: str) -> np.ndarray:
@@ -177,7 +205,7 @@ def enriched_schema(schema: CohortSchema, arrow: pa.Schema, interval: bool, draw
     fields = list(arrow)
     for modality in schema.imputed:
         for column in modality.columns:
-            types = _output_types(arrow.field(column).type, interval, draws)
+            types = _output_types(arrow.field(column).type, interval and not modality.structured, draws, modality.form == "image")
             fields += [pa.field(column + suffix, kind) for suffix, kind in types.items()]
     fields.append(pa.field(FROM_PRIOR, pa.bool_(), nullable=False))
     if latent:
@@ -185,14 +213,26 @@ def enriched_schema(schema: CohortSchema, arrow: pa.Schema, interval: bool, draw
     return pa.schema(fields, arrow.metadata)
 
 
-def _output_types(kind: pa.DataType, interval: bool, draws: int) -> dict[str, pa.DataType]:
+def _output_types(kind: pa.DataType, interval: bool, draws: int, image: bool = False) -> dict[str, pa.DataType]:
+    """By suffix. Lists stay lists and tensors tensors of their shape. Draws of an image are of its own type, whole numbers from 0 to
+    255; its `X__imputed` is no image but the mean of all that it may be, in floats.
+    """
     storage, inner = storage_type(kind), value_type(kind)
     value = inner if is_text(inner) else float_type(inner)
     spread = pa.float32() if is_text(inner) else value
+    drawn = inner if image else value
     if is_list(storage):
-        value, spread = (pa.list_(t, storage.list_size if pt.is_fixed_size_list(storage) else -1) for t in (value, spread))
+        value, spread, drawn = (_list_like(kind, t) for t in (value, spread, drawn))
     bounds = {"__lower": value, "__upper": value} if interval and not is_text(inner) else {}
-    return {"__imputed": value, "__std": spread} | bounds | ({"__draws": pa.list_(value)} if draws else {})
+    return {"__imputed": value, "__std": spread} | bounds | ({"__draws": pa.list_(drawn)} if draws else {})
+
+
+def _list_like(kind: pa.DataType, inner: pa.DataType) -> pa.DataType:
+    """The type of a list or tensor column with other values in it."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return pa.fixed_shape_tensor(inner, kind.shape, kind.dim_names, kind.permutation)
+    storage = storage_type(kind)
+    return pa.list_(inner, storage.list_size if pt.is_fixed_size_list(storage) else -1)
 
 
 def enrich(
@@ -219,16 +259,36 @@ def enrich(
 def _modality_columns(modality: Modality, x: np.ndarray, imputed: Imputation, out: pa.Schema) -> list[pa.Array]:
     """`X__imputed`, `X__std` and, where they are wanted, `X__lower`, `X__upper`, `X__draws` of each of a modality's columns."""
     rows = np.isnan(x).any(1)
+    if modality.layout == "text":
+        return _text_columns(modality, rows, imputed, out)
     completed = _completed(modality, x, imputed)
     arrays = []
     for at, column in enumerate(modality.columns):
         for suffix, values in completed.items():
-            if out.get_field_index(column + suffix) < 0:  # bounds of text
+            if out.get_field_index(column + suffix) < 0:  # bounds of text, images and signals
                 continue
             features = modality.features if modality.layout == "list" else modality.features[at : at + 1]
             part = values if modality.layout == "list" else values[..., at : at + 1]
             part = _in_units(part, features, spread=suffix == "__std")
             arrays.append(_column(part, features, rows, out.field(column + suffix).type))
+    return arrays
+
+
+def _text_columns(modality: Modality, rows: np.ndarray, imputed: Imputation, out: pa.Schema) -> list[pa.Array]:
+    """Of a text that is missing: its most probable tokens, the most probable first; one deviation; draws are bags of tokens, most
+    frequent first. N x T ids, of which those of the other rows are not read."""
+    (column,), n = modality.columns, len(rows)
+    told = lambda x: np.array([*texts_of(x, modality), None], object)[:-1]  # noqa: E731
+    arrays = [
+        pa.array(told(imputed.mean), out.field(f"{column}__imputed").type, mask=~rows),
+        pa.array(imputed.std[:, 0].astype(np.float32), mask=~rows),
+    ]
+    if imputed.draws is not None:
+        draws, kind = len(imputed.draws), out.field(f"{column}__draws").type
+        ordered = np.sort(np.where(imputed.draws > 0, imputed.draws, np.inf), -1)
+        bags = told(np.where(np.isinf(ordered), 0, ordered).swapaxes(0, 1).reshape(n * draws, -1))
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * draws)
+        arrays.append(pa.ListArray.from_arrays(offsets, pa.array(bags, kind.value_type), type=kind, mask=pa.array(~rows)))
     return arrays
 
 
@@ -268,7 +328,7 @@ def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -
         inner = _column(values.swapaxes(0, 1).reshape(n * draws, width), features, np.ones(n * draws, bool), kind.value_type)
         offsets = pa.array(np.arange(n + 1, dtype=np.int32) * draws)
         return pa.ListArray.from_arrays(offsets, inner, type=kind, mask=pa.array(~rows))
-    if is_list(kind):
+    if is_list(storage_type(kind)):
         return _lists(values, rows, kind)
     if is_text(kind):
         index = pa.array(np.nan_to_num(values[:, 0]).astype(np.int32), mask=~rows)
@@ -277,6 +337,8 @@ def _column(values: np.ndarray, features, rows: np.ndarray, kind: pa.DataType) -
 
 
 def _lists(values: np.ndarray, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, _lists(values, rows, kind.storage_type))
     n, width = values.shape
     flat_values = pa.array(np.ascontiguousarray(values).reshape(-1), from_pandas=True).cast(kind.value_type)
     if pt.is_fixed_size_list(kind):
@@ -286,10 +348,13 @@ def _lists(values: np.ndarray, rows: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def in_columns(modality: Modality, x: np.ndarray) -> dict[str, pa.Array]:
-    """Complete records of a modality, N x D, as columns of the types that the cohort has."""
+    """Complete records of a modality, N x D, as columns of the types that the cohort has; images and signals as tensors."""
+    if modality.layout == "text":
+        return {modality.columns[0]: pa.array(texts_of(np.where(x > 0, x, 0), modality), pa.type_for_alias(modality.types[0]))}
     if modality.layout == "list":
-        values = _in_units(x, modality.features, spread=False)
-        return {modality.columns[0]: _lists(values, np.ones(len(x), bool), pa.list_(pa.type_for_alias(modality.types[0])))}
+        values, inner = _in_units(x, modality.features, spread=False), pa.type_for_alias(modality.types[0])
+        kind = pa.fixed_shape_tensor(inner, modality.shape) if modality.structured else pa.list_(inner)
+        return {modality.columns[0]: _lists(values, np.ones(len(x), bool), kind)}
     return {
         column: _scalars(x[:, at : at + 1], feature, kind)
         for at, (column, feature, kind) in enumerate(zip(modality.columns, modality.features, modality.types, strict=True))

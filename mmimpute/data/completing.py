@@ -19,10 +19,34 @@ def complete(table: pa.Table, draw: int | None = None) -> pa.Table:
             continue
         column = table[name]
         if name + IMPUTED in names:
-            found = table[name + IMPUTED] if draw is None else pc.list_element(table[name + DRAWS], draw)
-            column = pc.if_else(found.is_null(), column.cast(found.type), found)
+            found = table[name + IMPUTED] if draw is None else _element(table[name + DRAWS], draw)
+            column = filled_in(column, found)
         arrays[name] = column
     return pa.table(arrays)
+
+
+def storage_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of tensors as lists, any other as it is."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+
+
+def filled_in(column: pa.ChunkedArray, found: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column where nothing was found, in the type of what was."""
+    if not isinstance(found.type, pa.BaseExtensionType):
+        return pc.if_else(found.is_null(), storage_of(column).cast(found.type), found)
+    whole = filled_in(column, storage_of(found))
+    return pa.chunked_array([pa.ExtensionArray.from_storage(found.type, chunk) for chunk in whole.chunks], found.type)
+
+
+def _element(draws: pa.ChunkedArray, at: int) -> pa.ChunkedArray:
+    """One of the draws of every record, which may be tensors."""
+    kind = draws.type.value_type
+    if not isinstance(kind, pa.BaseExtensionType):
+        return pc.list_element(draws, at)
+    found = pc.list_element(draws.cast(pa.list_(kind.storage_type)), at)
+    return pa.chunked_array([pa.ExtensionArray.from_storage(kind, chunk) for chunk in found.chunks], kind)
 
 
 def draws_of(table: pa.Table) -> int:

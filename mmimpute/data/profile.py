@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmimpute.data.arrow import decode, flat
+from mmimpute.data.arrow import decode, flat, tokens
 from mmimpute.data.schema import CohortSchema, Feature, Modality, is_text, value_type
 from mmimpute.data.split import position
 from mmimpute.errors import UserError
@@ -20,6 +20,7 @@ from mmimpute.errors import UserError
 SMALLEST_GROUP = 10
 SAMPLE_CELLS = 16_000_000  # 64 MB of float32 on the driver
 LONG_TAIL = 2.0  # skewness from which a feature is put on a log scale, if that halves it
+MOST_COUNTED = 20_000  # distinct texts or tokens
 MOST_LEVELS = 50  # distinct texts beyond this are free text, not a category
 MOST_ORDINAL = 11  # levels; scales from 0 to 10 are common
 
@@ -82,6 +83,10 @@ def _text_levels(table: pa.Table, schema: CohortSchema) -> list[Counter | None]:
     """Level -> records of each text feature, None for the others; lists hold numbers."""
     found: list[Counter | None] = []
     for modality in schema.modalities:
+        if modality.layout == "text":  # tokens in the first place, records that hold them
+            found.append(Counter(t for text in table.column(modality.columns[0]).drop_null().to_pylist() for t in set(tokens(text))))
+            found += [None] * (len(modality.features) - 1)
+            continue
         if modality.layout == "list":
             found += [None] * len(modality.features)
             continue
@@ -115,7 +120,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 def _most_common(levels: Counter) -> Counter:
     """Free text has no end of levels; keep enough to see that there are too many."""
-    return Counter(dict(levels.most_common(20 * MOST_LEVELS)))
+    return Counter(dict(levels.most_common(MOST_COUNTED)))
 
 
 def settle(schema: CohortSchema, seen: Statistics) -> tuple[CohortSchema, Statistics]:
@@ -126,6 +131,10 @@ def settle(schema: CohortSchema, seen: Statistics) -> tuple[CohortSchema, Statis
     sample = np.concatenate(seen.sample)
     modalities, at = [], 0
     for modality in schema.modalities:
+        if modality.structured:
+            modalities.append(_with_vocabulary(modality, seen, at) if modality.form == "text" else modality)
+            at += len(modality.features)
+            continue
         features = []
         for feature in modality.features:
             settled = _settle_feature(modality, feature, seen, sample[:, at], at)
@@ -136,6 +145,21 @@ def settle(schema: CohortSchema, seen: Statistics) -> tuple[CohortSchema, Statis
             at += 1
         modalities.append(modality.model_copy(update={"features": tuple(features)}))
     return schema.model_copy(update={"modalities": tuple(modalities)}), replace(seen, sample=[sample])
+
+
+def _with_vocabulary(modality: Modality, seen: Statistics, at: int) -> Modality:
+    """A text's most frequent tokens, and their shares. A token of fewer than SMALLEST_GROUP records may tell who a person is.
+
+    Raises UserError where there is no token of so many records.
+    """
+    ordered = sorted(seen.levels[at].items(), key=lambda entry: (-entry[1], entry[0]))[: modality.most]
+    kept = [(token, records) for token, records in ordered if records >= SMALLEST_GROUP]
+    if not kept:
+        raise UserError(f"modality {modality.name}: no token is in {SMALLEST_GROUP} records or more; leave it out")
+    records = np.array([n for _, n in kept], float)
+    places = max(seen.count[at] * modality.shape[0], records.sum() / 0.99)  # a token may come more than once, a long text is cut
+    chances = np.r_[places - records.sum(), records] / places
+    return modality.model_copy(update={"vocabulary": tuple(t for t, _ in kept), "chances": tuple(chances.tolist())})
 
 
 def _settle_feature(modality: Modality, feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> Feature:
@@ -168,7 +192,7 @@ def guess_kind(seen: Statistics, at: int, distinct: np.ndarray) -> str:
         return "real"
     if most <= 1:
         return "binary"
-    if most - least < MOST_ORDINAL and len(distinct) == most - least + 1:
+    if 0 < most - least < MOST_ORDINAL and len(distinct) == most - least + 1:
         return "ordinal"
     deviation = np.sqrt(seen.m2[at] / seen.count[at])
     tail = most > seen.mean[at] + 4 * deviation  # a coded scale has none
@@ -185,10 +209,38 @@ def feature_statistics(schema: CohortSchema, seen: Statistics) -> dict[str, dict
     found, start = {}, 0
     for modality in schema.modalities:
         stop = start + len(modality.features)
+        if modality.structured:
+            found[modality.name] = _whole(modality, seen, start)
+            start = stop
+            continue
         columns = [_feature(f, seen, sample[:, at], at) for f, at in zip(modality.features, range(start, stop), strict=True)]
         found[modality.name] = {name: np.array([c[name] for c in columns], bool if name == "log" else np.float32) for name in columns[0]}
         start = stop
     return found
+
+
+def _pooled(modality: Modality, seen: Statistics, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each value of an image or a signal: its channel, and the mean and standard deviation of all values of that channel."""
+    own, channel_D = slice(start, start + len(modality.features)), np.array(modality.channel_of)
+    total = lambda t: np.bincount(channel_D, t)  # noqa: E731
+    count_C = np.maximum(total(seen.count[own]), 1)
+    mean_C = total(seen.count[own] * seen.mean[own]) / count_C
+    square_C = total(seen.m2[own] + seen.count[own] * (seen.mean[own] - mean_C[channel_D]) ** 2) / count_C
+    return channel_D, mean_C, np.sqrt(square_C)
+
+
+def _whole(modality: Modality, seen: Statistics, start: int) -> dict[str, np.ndarray]:
+    """`feature_statistics` of an image or a signal: those of its channel for every value, since that of a corner may be constant.
+
+    A text's ids have no scale. Nothing reads the knots.
+    """
+    width = len(modality.features)
+    mean, std = np.zeros(width), np.ones(width)
+    if modality.form != "text":
+        channel_D, mean_C, std_C = _pooled(modality, seen, start)
+        mean, std = mean_C[channel_D], np.where(std_C > 1e-8 * np.maximum(np.abs(mean_C), 1e-30), std_C, 1.0)[channel_D]
+    found = {"mean": mean, "std": std, "unit": np.ones(width), "knots": np.tile(np.linspace(-2, 2, 9), (width, 1))}
+    return {name: t.astype(np.float32) for name, t in found.items()} | {"log": np.zeros(width, bool)}
 
 
 def marginals(schema: CohortSchema, seen: Statistics) -> dict[str, dict[str, list[float]]]:
@@ -254,6 +306,14 @@ def report(schema: CohortSchema, seen: Statistics) -> dict:
     at, modalities = 0, {}
     for k, modality in enumerate(schema.modalities):
         features = []
+        if modality.form == "text":
+            features, at = [_vocabulary(modality, int(seen.present[k]))], at + len(modality.features)
+            modalities[modality.name] = {"present": int(seen.present[k]), "features": features}
+            continue
+        if modality.structured:
+            features, at = _describe_channels(modality, seen, at, int(seen.present[k])), at + len(modality.features)
+            modalities[modality.name] = {"present": int(seen.present[k]), "features": features, "shape": list(modality.shape)}
+            continue
         for feature in modality.features:
             features.append({"name": feature.name, "kind": feature.kind, **_describe(feature, seen, sample[:, at], at)})
             at += 1
@@ -261,6 +321,19 @@ def report(schema: CohortSchema, seen: Statistics) -> dict:
     names = list(modalities)
     patterns = [{"present": [n for n, p in zip(names, flags, strict=True) if p], "rows": n} for flags, n in seen.patterns.most_common(20)]
     return {"rows": seen.rows, "modalities": modalities, "together": seen.together.tolist(), "patterns": patterns}
+
+
+def _vocabulary(modality: Modality, present: int) -> dict:
+    told = {"name": f"{len(modality.vocabulary)} tokens", "kind": "text", "observed": present}
+    return told | dict.fromkeys(("mean", "std", "low", "high"))
+
+
+def _describe_channels(modality: Modality, seen: Statistics, start: int, present: int) -> list[dict]:
+    """What is told of an image or a signal: mean and standard deviation of its channels; no range, which one record may set."""
+    _, mean_C, std_C = _pooled(modality, seen, start)
+    told = {"kind": modality.form, "observed": present, "mean": None, "std": None, "low": None, "high": None}
+    moments = [{"mean": float(m), "std": float(s)} if present >= 2 * SMALLEST_GROUP else {} for m, s in zip(mean_C, std_C, strict=True)]
+    return [{"name": f"channel {c}"} | told | found for c, found in enumerate(moments)]
 
 
 def _describe(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> dict:

@@ -10,23 +10,22 @@ import numpy as np
 
 from mmimpute.data.arrow import UNSEEN
 from mmimpute.data.profile import SMALLEST_GROUP, Statistics
-from mmimpute.data.schema import CohortSchema, Feature
+from mmimpute.data.schema import CohortSchema, Feature, tabled
 
 BINS = 10
 
 
 def reference(schema: CohortSchema, seen: Statistics) -> dict:
-    """{rows, missing: modality -> share of records, features, patterns, counts}, plain values, features side by side.
+    """{rows, missing: modality -> share of records, features, patterns, counts}, plain values, features as `tabled`.
 
     A feature has `edges` (a bin ends with its edge), `counts` of its bins, `missing`, the share of its modality's records
     that lack it, and `rare`, the levels or codes that fewer than SMALLEST_GROUP people have.
     """
-    features, at = [], 0
-    for k, modality in enumerate(schema.modalities):
-        for feature in modality.features:
-            found = _bins(feature, *tally(feature, seen, at))
-            features.append(found | {"missing": share_missing(int(seen.count[at]), int(seen.present[k]))})
-            at += 1
+    present = {m.name: int(n) for m, n in zip(schema.modalities, seen.present, strict=True)}
+    features = [
+        _bins(feature, *tally(feature, seen, at)) | {"missing": share_missing(int(seen.count[at]), present[modality.name])}
+        for at, modality, feature in tabled(schema)
+    ]
     missing = {m.name: share_missing(int(n), seen.rows) for m, n in zip(schema.modalities, seen.present, strict=True)}
     return {"rows": seen.rows, "missing": missing, "features": features, **_patterns(seen)}
 

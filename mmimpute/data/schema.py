@@ -6,6 +6,7 @@ The schema is part of the model, so everything in it is a plain, validated value
 from collections.abc import Collection
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -13,11 +14,12 @@ import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import CohortSpec, ModalitySpec, SpecKind, Tails
+from mmimpute.spec import SHAPES, CohortSpec, Form, ModalitySpec, SpecKind, Tails
 
 OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
 FROM_PRIOR = "from_prior"
 LATENT = "z0"
+TOKENS = 64  # of a text that are read
 
 
 class _Frozen(BaseModel):
@@ -33,10 +35,14 @@ class Feature(_Frozen):
 
 
 class Modality(_Frozen):
-    """A modality and its columns: one list column, or one scalar column per feature."""
+    """A modality and its columns: one list column, one column of text, or one scalar column per feature.
+
+    Every value of an image (shape C x H x W) or a signal (T x C) is a feature, row-major, and so is the place of every token of a
+    text (shape T), whose values are the tokens' number in the vocabulary from 1 on, and 0 where there are no more.
+    """
 
     name: str
-    layout: Literal["list", "scalars"]
+    layout: Literal["list", "scalars", "text"]
     columns: tuple[str, ...]
     types: tuple[str, ...] = Field(description="Arrow type of each column's values in the training shards")
     features: tuple[Feature, ...]
@@ -44,6 +50,23 @@ class Modality(_Frozen):
     hide: float
     tails: Tails
     noise: float = 0
+    form: Form = "vector"
+    shape: tuple[int, ...] = ()
+    vocabulary: tuple[str, ...] = Field((), description="of a text, the most frequent token first")
+    chances: tuple[float, ...] = Field((), description="share of no token, then of each of the vocabulary, among the places of a text")
+    most: int = Field(0, description="tokens of the vocabulary at most")
+
+    @property
+    def structured(self) -> bool:
+        """Whether its values stand side by side, so that one of them alone says nothing: it is told of as a whole."""
+        return self.form != "vector"
+
+    @property
+    def channel_of(self) -> tuple[int, ...]:
+        """The channel of each value of an image or a signal."""
+        if self.form == "image":
+            return tuple(c for c in range(self.shape[0]) for _ in range(self.shape[1] * self.shape[2]))
+        return tuple(range(self.shape[1])) * self.shape[0]
 
 
 class CohortSchema(_Frozen):
@@ -82,12 +105,14 @@ class Place(NamedTuple):
 def places(schema: CohortSchema) -> dict[str, Place]:
     """Every feature by the name that people give it: `labs__sodium`, or `rna[ESR1]` in a list column."""
     found: dict[str, Place] = {}
+    flat = 0
     for m in schema.modalities:
-        for at, feature in enumerate(m.features):
+        for at, feature in enumerate(() if m.form == "text" else m.features):
             in_list = m.layout == "list"
             column = m.columns[0] if in_list else m.columns[at]
             label = f"{column}[{feature.name}]" if in_list else column
-            found[label] = Place(m, feature, column, at if in_list else 0, len(found))
+            found[label] = Place(m, feature, column, at if in_list else 0, flat + at)
+        flat += len(m.features)
     return found
 
 
@@ -97,6 +122,12 @@ def place_of(found: dict[str, Place], name: str, where: str) -> Place:
         near = get_close_matches(name, found, 8, 0.4) or list(found)
         raise UserError(f"{where}: no feature {name!r}; the model's features are called {_some(near)}")
     return found[name]
+
+
+def tabled(schema: CohortSchema) -> list[tuple[int, Modality, Feature]]:
+    """The features that are told of one by one, and where each is among all features side by side."""
+    every = enumerate((m, f) for m in schema.modalities for f in m.features)
+    return [(at, m, f) for at, (m, f) in every if not m.structured]
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -154,6 +185,18 @@ def _check_time(column: str | None, arrow: pa.Schema) -> None:
 
 def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, int], reserved: set[str]) -> Modality:
     columns = modality_columns(name, spec, arrow, reserved)
+    if spec.form == "text":
+        shape = spec.shape or (TOKENS,)
+        features = tuple(Feature(name=f"t{i}", kind="categorical") for i in range(shape[0]))
+        types, rest = (
+            (str(value_type(arrow.field(spec.column).type)),),
+            spec.model_dump(include={"impute", "hide", "tails", "noise", "form"}),
+        )
+        return Modality(
+            name=name, layout="text", columns=columns, types=types, features=features, shape=shape, most=spec.vocabulary, **rest
+        )
+    if spec.form != "vector":
+        return _draft_structured(name, spec, arrow.field(spec.column).type, widths[spec.column])
     if spec.column:
         found = widths[spec.column]
         names = spec.features or tuple(f"f{i}" for i in range(found))
@@ -177,6 +220,27 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
     return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, **rest)
 
 
+def _draft_structured(name: str, spec: ModalitySpec, kind: pa.DataType, width: int) -> Modality:
+    """An image or a signal. Raises UserError where its shape is not known, or is not that of the column's values."""
+    own = tensor_shape(kind)
+    shape = spec.shape or own
+    if len(shape) != (3 if spec.form == "image" else 2) or prod(shape) != width or (own and own != shape):
+        found = f"tensors of shape {list(own)}" if own else f"lists of {width}"
+        raise UserError(f"spec: modalities.{name} needs `shape` = {SHAPES[spec.form]} of column {spec.column!r}, which holds {found}")
+    inner = value_type(kind)
+    if spec.form == "image" and not pt.is_uint8(inner):
+        raise UserError(f'spec: modalities.{name}: images are uint8, column {spec.column!r} is {kind}; convert it, or use form = "signal"')
+    features = tuple(Feature(name=f"f{i}", kind="real") for i in range(width))
+    rest = spec.model_dump(include={"impute", "hide", "tails", "noise", "form"})
+    return Modality(name=name, layout="list", columns=(spec.column,), types=(str(inner),), features=features, shape=shape, **rest)
+
+
+def tensor_shape(kind: pa.DataType) -> tuple[int, ...]:
+    """The shape that a tensor column states, row-major; () for other columns."""
+    permuted = isinstance(kind, pa.FixedShapeTensorType) and kind.permutation not in (None, list(range(len(kind.shape))))
+    return tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) and not permuted else ()
+
+
 def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: set[str]) -> tuple[str, ...]:
     """The columns of one modality in a shard's schema. Raises UserError where there are none, or the wrong ones."""
     if spec.column:
@@ -194,6 +258,10 @@ def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: 
         raise UserError(f"spec: modalities.{name} may not use {taken[0]!r}: it is the subject id, the timestamp or an outcome")
     for column in columns:
         kind = arrow.field(column).type
+        if spec.form == "text":
+            if not is_text(value_type(kind)) or is_list(storage_type(kind)):
+                raise UserError(f"spec: modalities.{name}: column {column!r} is {kind}; expected text")
+            continue
         if is_list(storage_type(kind)) != bool(spec.column):
             raise UserError(f"spec: modalities.{name}: column {column!r} is {kind}; use `column` for lists and `prefix` for scalars")
         inner = value_type(kind)
@@ -224,8 +292,11 @@ def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType
     wanted = "text" if trained in ("string", "large_string", "string_view") else "numbers"
     if modality.layout == "list":
         wanted = f"lists of {len(modality.features)} numbers"
+    if modality.form == "image":
+        wanted = f"{len(modality.features)} uint8 values of shape {list(modality.shape)}"
     inner, storage = value_type(kind), storage_type(kind)
     right = is_list(storage) == (modality.layout == "list") and (is_text(inner) if wanted == "text" else is_number(inner))
+    right = right and (modality.form != "image" or pt.is_uint8(inner)) and tensor_shape(kind) in ((), modality.shape or tensor_shape(kind))
     width = storage.list_size if pt.is_fixed_size_list(storage) else len(modality.features)
     if not right or (modality.layout == "list" and width != len(modality.features)):
         raise DataError(shard, column, f"type {kind}", wanted, "convert the column")

@@ -28,25 +28,28 @@ class Additive(nn.Module):
     def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
         super().__init__()
         self.pattern = config.pattern
-        self.widths = [self._width(m.width, code, c) for m, code, c in zip(config.modalities, codes, components, strict=True)]
+        # Of an image, a signal or a text: whether it is there.
+        self.read = [m.width <= WIDEST and not m.structured for m in config.modalities]
+        self.widths = [
+            1 + (code.width if read else c.basis_EDQ.shape[2]) for read, code, c in zip(self.read, codes, components, strict=True)
+        ]
         for j, m in enumerate(config.modalities):
-            self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), m.width))
-            self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, m.width))
+            targets = 0 if m.structured else m.width
+            self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), targets))
+            self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, targets))
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
 
-    @staticmethod
-    def _width(width: int, code: Code, components: Components) -> int:
-        """Values, ramps, levels and holes, or components; and a flag."""
-        return 1 + (code.width if width <= WIDEST else components.basis_EDQ.shape[2])
-
     def columns(self, filled_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> Tensor:
-        """(E, B, C): every modality's encoded values. filled_EBP: the Gaussian's completed vector."""
+        """(E, B, C): every modality's encoded values (ramps, levels and holes), or components, and a flag.
+
+        filled_EBP: the Gaussian's completed vector.
+        """
         out = []
         parts = filled_EBP.split(gaussian.sizes, -1)
         for j, (code, component, part) in enumerate(zip(codes, gaussian.components, parts, strict=True)):
             present_B1 = observed[j].any(1, keepdim=True)
-            if z[j].shape[1] > WIDEST:
+            if not self.read[j]:
                 padded = fn.pad(part, (0, component.basis_EDQ.shape[2] - component.parts))
                 block = torch.where(present_B1, component.scores(z[j]), padded)
             else:

@@ -8,6 +8,7 @@ from typing import Any
 
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
 TAILS = ("gaussian", "student")
+FORMS = {"vector": 0, "image": 3, "signal": 2, "text": 1}  # and the dimensions of their shape
 
 
 def _check_keys(cls: type, found: Mapping[str, Any]) -> None:
@@ -27,6 +28,9 @@ class ModalityConfig:
     hide: float = 0.5  # how readily training hides it, relative to the other modalities
     tails: str = "student"  # of p(xj | zj, z0) of real features; see likelihoods.py
     noise: float = 0.0  # most noise that is expected in it, in sds of each feature; see reliability.py
+    form: str = "vector"  # images, signals and texts have networks of their own and are the VAE's alone; see forms.py, text.py
+    shape: tuple[int, ...] = ()  # image: C, H, W; signal: T, C; its values are row-major; text: T tokens, as ids of which 0 is none
+    chances: tuple[float, ...] = ()  # text: share of each level among all tokens of the training texts
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
@@ -46,6 +50,23 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: noise is {self.noise}, expected 0 or more")
         if self.tails not in TAILS:
             raise ValueError(f"modality {self.name!r}: unknown tails {self.tails!r}; valid ones are {list(TAILS)}")
+        self._check_form()
+
+    def _check_form(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if self.form not in FORMS:
+            raise ValueError(f"modality {self.name!r}: unknown form {self.form!r}; valid ones are {list(FORMS)}")
+        object.__setattr__(self, "chances", tuple(map(float, self.chances)))
+        kind = "categorical" if self.form == "text" else "real"
+        fits = not self.structured or (math.prod(self.shape) == self.width and set(self.kinds) == {kind})
+        if len(self.shape) != FORMS[self.form] or not fits:
+            raise ValueError(f"modality {self.name!r}: shape {list(self.shape)} is not that of a {self.form} of {self.width} values")
+        if self.form == "text" and (set(self.levels) != {len(self.chances)} or min(self.chances) <= 0):
+            raise ValueError(f"modality {self.name!r}: a text has one vocabulary, and a chance of every token in it")
+
+    @property
+    def structured(self) -> bool:
+        return self.form != "vector"
 
     @property
     def width(self) -> int:
@@ -66,7 +87,7 @@ class ModelConfig:
     """
 
     modalities: tuple[ModalityConfig, ...]
-    members: int = 1  # trained side by side, each without its own fold of the subjects
+    members: int = 1  # trained side by side, each without its own fold; 1 with images, signals or texts, whose networks are for one
     shared: int = 64  # size of z0
     hidden: int = 256  # width of the trunk of q(z0 | x)
     decoder: int = 128  # width of the private encoders and decoders
@@ -87,11 +108,16 @@ class ModelConfig:
             raise ValueError(f"expected at least one modality, with different names; found {names}")
         if self.impute_draws < 4 or self.impute_draws % 2:
             raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+        if self.members > 1 and any(m.structured for m in self.modalities):
+            raise ValueError(f"members is {self.members}, expected 1 with images, signals or texts")
 
     @classmethod
     def for_rows(cls, modalities: tuple[ModalityConfig, ...], rows: int, **sizes: Any) -> "ModelConfig":
-        """The default for a number of training rows: a small cohort leans on the generative model and on dropout."""
-        return cls(modalities, **({"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}) | sizes)
+        """The default for a number of training rows: a small cohort leans on the generative model and on dropout, and so do images,
+        signals and texts, whose values only make sense together (see forms.py)."""
+        small = {"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}
+        whole = {"elbo_weight": 1.0, "elbo_share": 0.5} if any(m.structured for m in modalities) else {}
+        return cls(modalities, **(small | whole | sizes))
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "ModelConfig":

@@ -26,9 +26,10 @@ TOLERANCE = 1e-4  # of the residual's norm; 1e-2 gives the same skill to .00001
 class Components(nn.Module):
     """A wide modality's principal components, of every member's own records; a narrow one is left as it is."""
 
-    def __init__(self, members: int, width: int, kept: int) -> None:
+    def __init__(self, members: int, width: int, kept: int, structured: bool = False) -> None:
+        """structured: an image, a signal or a text, which takes no part: it has no components."""
         super().__init__()
-        self.wide = width > NARROW
+        self.wide = width > NARROW or structured
         self.parts = min(COMPONENTS, kept) if self.wide else width
         if self.wide:
             self.register_buffer("mean_E1D", torch.zeros(members, 1, width))
@@ -61,7 +62,9 @@ class Gaussian(nn.Module):
     def __init__(self, config: ModelConfig, kept: Sequence[int]) -> None:
         """kept: components per modality; see `kept_components`."""
         super().__init__()
-        self.components = nn.ModuleList(Components(config.members, m.width, k) for m, k in zip(config.modalities, kept, strict=True))
+        self.components = nn.ModuleList(
+            Components(config.members, m.width, k, m.structured) for m, k in zip(config.modalities, kept, strict=True)
+        )
         self.sizes = [c.parts for c in self.components]
         self.register_buffer("mean_EP", torch.zeros(config.members, sum(self.sizes)))
         self.register_buffer("covariance_EPP", torch.eye(sum(self.sizes)).repeat(config.members, 1, 1))
@@ -105,8 +108,8 @@ class Gaussian(nn.Module):
 
 
 def kept_components(config: ModelConfig, rows: int) -> list[int]:
-    """Components per modality: 0 for narrow ones."""
-    return [min(KEPT, m.width, max(1, rows // 2)) if m.width > NARROW else 0 for m in config.modalities]
+    """Components per modality: 0 for narrow ones, and for images, signals and texts."""
+    return [min(KEPT, m.width, max(1, rows // 2)) if m.width > NARROW and not m.structured else 0 for m in config.modalities]
 
 
 def conjugate_gradients(covariance_EPP: Tensor, right_EBP: Tensor, known_EBP: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ FREEDOM = (2.1, 200.0)  # degrees of freedom: more than 2 for a variance to exis
 FIRST_FREEDOM = 30.0
 TAIL_PACE = 20.0  # Adam moves all parameters alike, and tails go a long way; at 10 they had not arrived after 450 steps, 40 gave the same
 FAR = 30.0  # a logit that is as good as infinite, with finite gradients
+WHITE = 255  # of a pixel
 MARGINAL_CRPS = 1 / math.sqrt(math.pi)  # expected CRPS of N(0, 1) about itself
 Heads = dict[str, Tensor]  # kind -> (..., F, outputs per feature)
 
@@ -97,7 +98,8 @@ class Likelihoods(nn.Module):
             self.register_buffer(f"{k}_F", torch.tensor(index[k], dtype=torch.long), persistent=False)
         order = [i for k in self.kinds for i in index[k]]
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
-        self.student = config.tails == "student" and "real" in self.kinds
+        self.student = config.tails == "student" and "real" in self.kinds and not config.structured
+        self.image = config.form == "image"
         if self.student:
             self.tail_E1F = nn.Parameter(torch.zeros(members, 1, self.counts["real"]))
         self._marginals(config, standardise, members)
@@ -252,6 +254,8 @@ class Likelihoods(nn.Module):
     def _original(self, target: Tensor, standardise: Standardise) -> Tensor:
         if "real" not in self.kinds:
             return target
+        if self.image:
+            return standardise.inverse(target).round().clamp(0, WHITE)
         restored = standardise.inverse(target)
         if len(self.kinds) == 1:
             return restored
@@ -262,7 +266,7 @@ class Likelihoods(nn.Module):
         feature has its mode as `mean` and sqrt(1 - sum p^2) as `std`."""
         found = [self._moments(kind, heads[kind].flatten(0, 1), standardise) for kind in self.kinds]
         mean, std = (self._join(list(parts)) for parts in zip(*found, strict=True))
-        return mean, std
+        return mean.clamp(0, WHITE) if self.image else mean, std
 
     def _moments(self, kind: str, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
         if kind == "real":

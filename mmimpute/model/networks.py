@@ -16,6 +16,7 @@ import torch.nn.functional as fn
 from torch import Tensor, nn
 
 from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.model.forms import ConvDecoder
 
 WIDE = 64  # the code of a modality of more features is scaled down
 CERTAIN = 3.0  # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
@@ -160,6 +161,10 @@ class Private(nn.Module):
         self.from_code, self.from_shared = Linear(members, code, width), Linear(members, config.shared, width, bias=False)
         self.expert = Linear(members, width, 2 * own)
         latent = config.shared + own
+        self.convolved = modality.form in ("image", "signal")
+        if self.convolved:
+            self.decoder = ConvDecoder(modality, latent)
+            return
         self.decoder = nn.Sequential(Linear(members, latent, width), nn.SiLU(), Linear(members, width, width), nn.SiLU())
         keep_scale(self.decoder[0])
         keep_scale(self.decoder[2])
@@ -186,4 +191,6 @@ class Private(nn.Module):
     def decode(self, z0_ENL: Tensor, zj_ENL: Tensor) -> Tensor:
         """Outputs from which `Likelihoods.heads` makes p(xj | zj, z0)."""
         latent = torch.cat([z0_ENL, zj_ENL], -1)
+        if self.convolved:
+            return self.decoder(latent)
         return self.curved(self.decoder(latent)) + self.linear(latent)

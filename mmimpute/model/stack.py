@@ -242,11 +242,11 @@ def _alone(beliefs: Beliefs, target: Target, scored_END: Tensor, count_ED: Tenso
 
 
 class Stack(nn.Module):
-    """One `ModalityStack` per modality."""
+    """One `ModalityStack` per modality; an image, a signal or a text, which only the VAE knows, has an empty one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.modalities = nn.ModuleList(ModalityStack(config.members, m.width) for m in config.modalities)
+        self.modalities = nn.ModuleList(ModalityStack(config.members, 0 if m.structured else m.width) for m in config.modalities)
 
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # coverage of the intervals that are kept

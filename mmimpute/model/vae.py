@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmimpute.model.config import ModelConfig
+from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
 from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
 from mmimpute.model.nodes import normal_nodes
@@ -23,6 +24,7 @@ from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior, moments
 from mmimpute.model.reliability import Reliability, corrupt
 from mmimpute.model.standardise import FeatureStatistics, Standardise
+from mmimpute.model.text import Bag, TextCode
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class Latents:
     noise_S11L: Tensor
 
 
+def _code(modality: ModalityConfig, config: ModelConfig) -> nn.Module:
+    """What turns a modality's values into network inputs."""
+    if modality.form == "text":
+        return TextCode(modality)
+    return ConvCode(modality, config.pattern) if modality.structured else Code(modality, config.piecewise_limit, config.pattern)
+
+
 class MultiModalVAE(nn.Module):
     """q(z0 | any subset), p(zj | z0), q(zj | z0, xj), p(xj | zj, z0); trained on L_elbo + L_impute."""
 
@@ -68,9 +77,10 @@ class MultiModalVAE(nn.Module):
         # Lists, not dicts: a modality's name may hold a dot, which module names may not.
         self.standardise = nn.ModuleList(Standardise(statistics[n]) for n in names)
         self.likelihoods = nn.ModuleList(
-            Likelihoods(m, s, config.members) for m, s in zip(config.modalities, self.standardise, strict=True)
+            Bag(m) if m.form == "text" else Likelihoods(m, s, config.members)
+            for m, s in zip(config.modalities, self.standardise, strict=True)
         )
-        self.code = nn.ModuleList(Code(m, config.piecewise_limit, config.pattern) for m in config.modalities)
+        self.code = nn.ModuleList(_code(m, config) for m in config.modalities)
         width = sum(c.width for c in self.code)
         self.shared = SharedEncoder(config, width)
         self.reliability = Reliability(config, width) if any(m.noise for m in config.modalities) else None
@@ -202,7 +212,8 @@ class MultiModalVAE(nn.Module):
         seen_RD, target_BD = inputs.observed[j][:some], inputs.target[j]
         log_prob_ERD = likelihood.log_prob(likelihood.heads(raw_R), target_BD[:some])
         heads = likelihood.heads(raw_H.unflatten(1, (draws, rows)).transpose(0, 1))
-        score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], generator)
+        weight = 0.0 if self.config.modalities[j].structured else self.config.pair_weight  # of pixels L_elbo does it, and cheaper
+        score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], weight, generator)
         zero_EB = z0_ERL.new_zeros(members, batch)
         return (
             (log_prob_ERD * seen_RD).sum(-1),
@@ -212,14 +223,20 @@ class MultiModalVAE(nn.Module):
         )
 
     def _hidden_terms(
-        self, likelihood: Likelihoods, heads: Heads, target_HD: Tensor, seen_HD: Tensor, generator: torch.Generator | None
+        self,
+        likelihood: Likelihoods,
+        heads: Heads,
+        target_HD: Tensor,
+        seen_HD: Tensor,
+        pair_weight: float,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Score and L_impute of hidden rows, (E, H) each."""
         log_prob_SEHD = likelihood.log_prob(heads, target_HD)
         score_EHD = likelihood.score(heads, target_HD, log_prob_SEHD)
         score_EH = (score_EHD * seen_HD).sum(-1) / seen_HD.sum(-1).clamp_min(1)
-        if self.training and self.config.pair_weight:
-            score_EH = score_EH + self.config.pair_weight * likelihood.pair_score(heads, target_HD, seen_HD, generator)
+        if self.training and pair_weight:
+            score_EH = score_EH + pair_weight * likelihood.pair_score(heads, target_HD, seen_HD, generator)
         return score_EH, (log_prob_SEHD.mean(0) * seen_HD).sum(-1)
 
     def _objective(self, terms: LossTerms, inputs: Inputs, elbo_scale: float) -> Tensor:
@@ -260,6 +277,8 @@ class MultiModalVAE(nn.Module):
 
     def member(self, index: int) -> "MultiModalVAE":
         """One member as a model of its own."""
+        if self.config.members == 1:
+            return self
         shared = self.shared_names()
         state = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
         return MultiModalVAE.from_state(dataclasses.replace(self.config, members=1), state).to(self.hide_K.device)
@@ -344,13 +363,18 @@ class MultiModalVAE(nn.Module):
         self, index: int, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, generator: torch.Generator | None
     ) -> list[Tensor]:
         """draws x N x D_j of one member."""
-        model = self if self.config.members == 1 else self.member(index)
+        model = self.member(index)
         inputs = model.inputs(x, observed)
         z0_SEBL, _ = model._shared(inputs, self._noise((draws, 1, x[0].shape[0], self.config.shared), generator))
         drawn = []
         for j, private in enumerate(model.private):
-            heads = model._decode(j, inputs, z0_SEBL, self._noise((*z0_SEBL.shape[:3], private.own), generator))
-            drawn.append(model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0].to(x[j].dtype))
+            rows = (~observed[j]).any(1).nonzero().squeeze(1)  # what nothing is missing of need not be decoded
+            noise_SEBL = self._noise((*z0_SEBL.shape[:3], private.own), generator)
+            drawn.append(x[j].new_zeros(draws, *x[j].shape))
+            if len(rows):
+                heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SEBL[:, :, rows], rows)
+                some_SBD = model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0]
+                drawn[-1][:, rows] = some_SBD.to(x[j].dtype)
         return drawn
 
     def read(self, record: Sequence[tuple[Tensor | None, int]]) -> tuple[list[Tensor], list[Tensor]]:
