@@ -2,8 +2,9 @@
 
 from datetime import timedelta
 from importlib.util import find_spec
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.markup import escape
@@ -13,6 +14,7 @@ from mmimpute.commands.features import features_app
 from mmimpute.commands.operate import operate_app
 from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
 from mmimpute.commands.store import store_app
+from mmimpute.commands.tasks import task_tables, tasks_app
 from mmimpute.console import (
     accuracy_table,
     console,
@@ -27,10 +29,21 @@ from mmimpute.console import (
 from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.errors import UserError
 from mmimpute.simulation import SHARD_ROWS, Population
-from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, ImputeSettings, read_spec, validated
+from mmimpute.spec import (
+    LABELLED,
+    ClusterSettings,
+    DriftSettings,
+    EvaluateSettings,
+    FitSettings,
+    ImputeSettings,
+    Task,
+    read_spec,
+    validated,
+)
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(operate_app)
+app.add_typer(tasks_app)
 app.add_typer(store_app, name="store")
 app.add_typer(features_app, name="features")
 evaluate_app = typer.Typer(invoke_without_command=True)
@@ -267,11 +280,18 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="URL of the model, as given to `mmimpute fit`  \\[required]")] = None,
     shards: Annotated[str | None, typer.Option(help="URL of the cohort's Parquet shards  \\[required]")] = None,
+    tasks: Annotated[str, typer.Option(help="also any of coherence,quality,likelihood,probe,retrieval, or all")] = "",
+    label: Annotated[str | None, typer.Option(help="outcome column of a few classes: what coherence, quality and probe are about")] = None,
+    json: Annotated[Path | None, typer.Option(help="write what was found to this file")] = None,
+    report: Annotated[Path | None, typer.Option(help="write an HTML page with plots to this file")] = None,
     address: Address = None,
 ) -> None:
-    """Score the model and each of its experts on people not seen, against the column mean.
+    """Score the model and each of its experts on people not seen, against the column mean; and what else it is asked.
 
-    Example: mmimpute evaluate --model s3://bucket/model/ --shards s3://bucket/cohort/
+    Do generated modalities agree with the others, do samples look real, how probable are new people, how much does z0 tell of a
+    label, and can someone's other modality be found among all people's?
+
+    Example: mmimpute evaluate --model s3://bucket/model/ --shards s3://bucket/cohort/ --tasks all --label outcome__died
     """
     if context.invoked_subcommand:
         return
@@ -280,9 +300,21 @@ def evaluate(
             context.fail(f"Missing option '--{name}'.")
     from mmimpute import jobs, planning, registry
 
+    chosen = _names(tasks) if tasks != "all" else [t for t in get_args(Task) if label or t not in LABELLED]
+    settings = validated(EvaluateSettings, {"tasks": chosen, "label": label}, "--tasks")
     place = registry.locate(model)
     found = planning.survey_for(shards, registry.describe(place).cohort)
-    console.print(accuracy_table(jobs.evaluate_model(found, place, ClusterSettings(address=address))))
+    evaluation = jobs.evaluate_model(found, place, ClusterSettings(address=address), settings)
+    for table in (accuracy_table(evaluation), *task_tables(evaluation.get("tasks", {}))):
+        console.print(table)
+    if json:
+        json.write_text(dumps(evaluation, indent=1), encoding="utf-8")
+    if report:
+        from mmimpute.report import render  # matplotlib is for those who want pages
+
+        report.write_text(
+            render({"title": f"Evaluation of model {registry.digest_of(place)[:12]}", "evaluation": evaluation}), encoding="utf-8"
+        )
     _finish(found.set_aside)
 
 

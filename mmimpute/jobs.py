@@ -22,10 +22,11 @@ from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModelConfig
 from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_of
 from mmimpute.sizing import model_config
-from mmimpute.spec import AlertRules, ClusterSettings, DriftSettings, FitSettings, ImputeSettings
+from mmimpute.spec import AlertRules, ClusterSettings, DriftSettings, EvaluateSettings, FitSettings, ImputeSettings
 
 Progress = Callable[[dict], None]
 LISTING_THREADS = 4  # lists are made of a few columns: what they wait for is the store
+NO_TASKS = EvaluateSettings()
 LEAST_ROWS = 60  # fewer records are no training data
 
 
@@ -113,21 +114,29 @@ def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[l
     return by_layout(found.url, [s for s in found.shards if s.key not in bad], schema.columns)
 
 
-def evaluate_model(found: Survey, place: str, cluster: ClusterSettings) -> dict:
-    """Accuracy on subjects by the member that does not learn from their fold (see `evaluation.evaluate`).
+def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings: EvaluateSettings = NO_TASKS) -> dict:
+    """Accuracy on subjects by the member that does not learn from their fold (see `evaluation.evaluate`); `tasks`: what else is asked.
 
-    Raises UserError where no subject is in a fold.
+    Raises UserError where no subject is in a fold, or the label is not one.
     """
     from mmimpute.evaluation import evaluate, most_records
     from mmimpute.gate import held_out
+    from mmimpute.tasks.asking import ask, check_label, people_of
 
     model = registry.load(place)
+    beside = [settings.label] if settings.label else []
+    check_label(model.schema, settings.label)
     with runtime.cluster(cluster):
         most = most_records(model.schema.width)
-        asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, model), most)
+        asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, model), most, beside)
     if not len(asked.x):
         raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
-    return evaluate(model, asked.x, fold(asked.place, model.module.config.members), registry.read_record(model.url, "marginals"))
+    accuracy = evaluate(model, asked.x, fold(asked.place, model.module.config.members), registry.read_record(model.url, "marginals"))
+    if not settings.tasks:
+        return accuracy
+    label = asked.beside[settings.label] if settings.label else None
+    tasks = ask(people_of(model, asked.x, asked.place, label, settings.label), settings.tasks)
+    return accuracy | {"settings": settings.model_dump(mode="json"), "tasks": tasks}
 
 
 def check_drift(
@@ -301,3 +310,27 @@ def generate_cohort(model: str, output: str, n: int, seed: int, cluster: Cluster
             rows += status["rows"]
             on_shard({"generated": number, "of": len(sizes), "rows": rows})
     return {"shards": len(sizes), "rows": rows}
+
+
+def retrieve_table(model: str, shards: str, query: str, among: str, k: int, output: str, cluster: ClusterSettings) -> dict:
+    """Writes who was found for whom as one Parquet table, by the hash of what it is made from. Returns what `search.retrieve` counts,
+
+    table (its URL) and set_aside. Raises UserError for unknown modalities and as `search.retrieve`.
+    """
+    from mmimpute.cluster.retrieve import retrieve_among
+
+    place = registry.locate(model)
+    schema = registry.describe(place).cohort
+    names = [m.name for m in schema.modalities]
+    for option, name in (("--query", query), ("--among", among)):
+        if name not in names:
+            raise UserError(f"{option}: no modality {name!r}; the model has {', '.join(names)}")
+    if query == among:
+        raise UserError(f"--among: give another modality than {query!r}")
+    found = listed_for(shards, schema)
+    name = f"retrieved-{table.digest(found.fingerprint, registry.digest_of(place), query, among, str(k))}.parquet"
+    with runtime.cluster(cluster):
+        told = retrieve_among(place, shards, found.shards, (names.index(query), names.index(among)), k, output, name, cluster)
+    if "mend" in told:
+        raise UserError(f"{shards}: {told['mend']}")
+    return told | {"table": storage.join(output, name), "set_aside": found.set_aside | told["set_aside"]}

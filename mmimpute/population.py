@@ -97,10 +97,10 @@ def settle(config: RunConfig, fitted: Record, decision: Record) -> Record:
 
 
 def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
-    """Accuracy out of fold, kept beside the model. Returns {rows, skill: {modality: skill}}."""
+    """Accuracy and tasks out of fold, kept beside the model. Returns {rows, skill: {modality: skill}}."""
     found = registry.read_record(model, "evaluation")
-    if found is None:
-        found = jobs.evaluate_model(read_plan(config, plan_name), model, config.cluster)
+    if found is None or (config.evaluate.tasks and found.get("settings") != config.evaluate.model_dump(mode="json")):
+        found = jobs.evaluate_model(read_plan(config, plan_name), model, config.cluster, config.evaluate)
         registry.write_record(model, "evaluation", found)
     return {"rows": found["rows"], "skill": {name: m["skill"] for name, m in found["modalities"].items()}}
 

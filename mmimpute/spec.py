@@ -12,6 +12,8 @@ Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
 SpecKind = Literal[Kind, "auto"]
 Tails = Literal["gaussian", "student"]
 Form = Literal["vector", "image", "signal", "text"]
+Task = Literal["coherence", "quality", "likelihood", "probe", "retrieval"]
+LABELLED = ("coherence", "quality", "probe")  # tasks that need a label
 
 
 def _name(name: str) -> str:
@@ -121,6 +123,19 @@ class GateSettings(_Settings):
     seed: int = 0
 
 
+class EvaluateSettings(_Settings):
+    """What a model is asked besides imputation; see `tasks`."""
+
+    tasks: tuple[Task, ...] = ()
+    label: str | None = Field(None, description="column of classes that the model never reads: what coherence, quality and probe are about")
+
+    @model_validator(mode="after")
+    def _labelled(self):
+        if self.label is None and (lacking := [t for t in self.tasks if t in LABELLED]):
+            raise ValueError(f"{', '.join(lacking)}: give label, an outcome column of a few classes")
+        return self
+
+
 class ImputeSettings(_Settings):
     """What is written into the enriched shards."""
 
@@ -201,6 +216,7 @@ class RunConfig(_Settings):
     alerts_to: str | None = Field(None, description="URL of the table of outreach lists, with subject ids")
     fit: FitSettings = FitSettings()
     gate: GateSettings = GateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     impute: ImputeSettings = ImputeSettings()
     drift: DriftSettings = DriftSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -47,6 +47,7 @@ def test_all_commands_are_there():
         "evaluate",
         "drift",
         "evaluate downstream",
+        "retrieve",
         "alerts",
         "vacuum",
         "verify",

@@ -13,7 +13,7 @@ from mmimpute.data.shards import fetch_table, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.drafting import guess_spec
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import ClusterSettings, DriftSettings, FitSettings, GateSettings, ImputeSettings, RunConfig, read_spec
+from mmimpute.spec import ClusterSettings, DriftSettings, EvaluateSettings, FitSettings, GateSettings, ImputeSettings, RunConfig, read_spec
 from tests.conftest import SPEC, linear_cohort, write_cohort
 
 pytestmark = pytest.mark.services
@@ -110,6 +110,35 @@ def test_evaluation_beats_the_column_mean(cohort):
         assert modality["skill"] > 0.1, name
         assert modality["rows"] <= found["rows"] and set(modality["experts"]) == {"vae", "additive", "gaussian"}
     assert found["modalities"]["labs"]["r2"] > 0.3
+
+
+def test_tasks_are_asked_of_people_with_their_label(cohort):
+    shards, spec, _, fitted, _ = cohort
+    asked = EvaluateSettings(tasks=("probe", "retrieval"), label="outcome__died")
+    found = jobs.evaluate_model(planning.survey(shards, read_spec(spec)), fitted["model"], CLUSTER, asked)
+    assert found["settings"] == {"tasks": ["probe", "retrieval"], "label": "outcome__died"}
+    low, high = found["tasks"]["probe"][0]["z0"]["auroc"][1:]
+    assert low < 0.55 and high > 0.45  # the label is a coin
+    assert found["tasks"]["probe"][0]["rows"] == 1500
+    assert {e["query"] for e in found["tasks"]["retrieval"]} == {"labs", "rna", "dx"}
+
+
+def test_retrieval_writes_a_table_and_tells_no_id(cohort, bucket_url, capfd):
+    shards, _, home, _, _ = cohort
+    done = jobs.retrieve_table(home, shards, "labs", "rna", 5, f"{bucket_url}/found", CLUSTER)
+    assert list(done["set_aside"]) == ["x-infinite.parquet"]
+    table = fetch_table(*done["table"].rsplit("/", 1))
+    assert table.column_names == ["query", "rank", "found", "score"]
+    given = pa.concat_tables(fetch_table(shards, f"part-00{i}.parquet") for i in range(5))
+    held = {n: set(given.filter(given.column(n).is_valid()).column("subject_id").to_pylist()) for n in ("labs", "rna")}
+    assert set(table.column("query").to_pylist()) == held["labs"]
+    assert set(table.column("found").to_pylist()) <= held["rna"]
+    assert len(table) == 5 * done["queries"] == 5 * len(held["labs"])
+    assert done["recall"]["recall"]["10"] > 2 * done["recall"]["chance"]["10"]
+    assert "s000" not in "".join(capfd.readouterr())
+    for query, among, message in (("labs", "labs", "another modality"), ("labz", "rna", "no modality 'labz'; the model has labs, rna, dx")):
+        with pytest.raises(UserError, match=message):
+            jobs.retrieve_table(home, shards, query, among, 5, f"{bucket_url}/found", CLUSTER)
 
 
 def test_drift_of_new_shards(cohort, bucket_url, monkeypatch):

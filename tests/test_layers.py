@@ -18,6 +18,7 @@ LAYERS = [
     ("mmimpute.jobs", "mmimpute.runs", "mmimpute.drops", "mmimpute.reading"),
     ("mmimpute.cluster",),
     ("mmimpute.estimator",),
+    ("mmimpute.tasks",),
     (
         "mmimpute.training",
         "mmimpute.stacking",

@@ -8,6 +8,8 @@ with the mean and covariance of the aggregate posterior (Hoffman & Johnson 2016;
 Shape suffixes: E members, B records, L latent, S draws, M = L + 1.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,12 @@ class SharedPrior(nn.Module):
     def sample(self, noise: Tensor) -> Tensor:
         """From standard normal noise (..., E or 1, B or 1, L)."""
         return self.mean_EL[:, None] + noise @ self.root_ELL.mT
+
+    def log_prob(self, z0_SEBL: Tensor) -> Tensor:
+        """Log-density, (S, E, B)."""
+        white_SELB = torch.linalg.solve_triangular(self.root_ELL, (z0_SEBL - self.mean_EL[:, None]).mT, upper=False)
+        volume_E1 = self.root_ELL.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        return -0.5 * white_SELB.square().sum(-2) - volume_E1 - 0.5 * z0_SEBL.shape[-1] * math.log(2 * math.pi)
 
     @torch.no_grad()
     def fit(self, moments_EMM: Tensor) -> None:

@@ -142,6 +142,25 @@ def missing(modalities: list[dict]) -> Figure:
         return figure
 
 
+def dots(names: list[str], series: dict[str, list], title: str, label: str) -> Figure:
+    """One line per name, one dot per series: a value, or (value, low, high) with its interval, or None."""
+    with matplotlib.rc_context(STYLE):
+        names = names[:MOST_FEATURES]
+        figure, axes = _panel(title, width=4.8, height=0.95 + 0.26 * max(len(names), 2))
+        for at, ((name, values), colour, marker) in enumerate(zip(series.items(), (BLUE, ORANGE, MUTED), "os|", strict=False)):
+            shift = 0.2 * (at - 0.5) if len(series) > 1 and at < 2 else 0.0
+            shown = [(y + shift, v if isinstance(v, tuple) else (v, v, v)) for y, v in enumerate(values[: len(names)]) if v is not None]
+            rows, (x, low, high) = [y for y, _ in shown], zip(*(v for _, v in shown), strict=True) if shown else ((), (), ())
+            axes.hlines(rows, low, high, color=colour, linewidth=1.2)
+            axes.plot(x, rows, marker, color=colour, ms=9 if marker == "|" else 5, label=name, clip_on=False)
+        axes.set_yticks(range(len(names)), [shortened(n, 30) for n in names])
+        axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
+        axes.tick_params(axis="y", length=0)
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=len(series), fontsize=8, handlelength=1.2)
+        return figure
+
+
 def coverage(calibration: dict, title: str) -> Figure:
     """How often the truth lies inside an interval, against how often it should."""
     with matplotlib.rc_context(STYLE):

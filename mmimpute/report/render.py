@@ -8,6 +8,8 @@ import jinja2
 from markupsafe import Markup
 
 from mmimpute.report.disclosure import FEW, few_text, view
+from mmimpute.report.tasks import SAMPLES
+from mmimpute.report.tasks import view as tasks_view
 
 MOST_PATTERNS = 20
 MOST_ROWS = 200  # of a table of features
@@ -17,7 +19,8 @@ MOST_DISTRIBUTIONS = 6  # of a modality
 def render(run: dict) -> str:
     """Return the page for `run`; parts that `run` lacks are left out, groups of fewer than ten people are not shown."""
     shown = view(run)
-    return _template().render(run=shown, draw=_Drawing(), overall=_overall(shown), most=MOST_ROWS, most_patterns=MOST_PATTERNS)
+    tasks = tasks_view((run.get("evaluation") or {}).get("tasks") or {})
+    return _template().render(run=shown, tasks=tasks, draw=_Drawing(), overall=_overall(shown), most=MOST_ROWS, most_patterns=MOST_PATTERNS)
 
 
 @functools.cache
@@ -99,6 +102,37 @@ class _Drawing:
         label = f"Histogram of predictive quantiles of {modality['name']}: {len(counts)} bins, the highest {highest:.2f} times the flat one"
         return self._svg(figures.pit(counts, modality["name"]), label)
 
+    def dots(self, entries: list[dict], series: dict[str, str], title: str, label: str) -> Markup:
+        """series: key of an entry -> what it is called."""
+        values = {told: [e[key] for e in entries] for key, told in series.items()}
+        return self._dots([e["name"] for e in entries], values, title, label)
+
+    def samples(self, entries: list[dict]) -> Markup:
+        names = list(dict.fromkeys(e["name"] for e in entries))
+        found = {(e["name"], e["samples"]): e["coverage"] for e in entries}
+        values = {told: [found.get((n, told)) for n in names] for told in SAMPLES.values()}
+        return self._dots(names, values, "Coverage by modality", "share of real people near a sample")
+
+    def likelihood(self, entries: list[dict]) -> Markup:
+        values = [_around(e["per_value"]["mean"], 1.96 * e["per_value"]["std_error"]) for e in entries]
+        return self._dots([e["name"] for e in entries], {"nats a value": values}, "Log-likelihood of a value", "nats, 95 % interval")
+
+    def probe(self, entries: list[dict]) -> Markup:
+        values = {told: [e[key]["auroc"] and tuple(e[key]["auroc"]) for e in entries] for key, told in (("z0", "z0"), ("raw", "values"))}
+        return self._dots([e["name"] for e in entries], values, "The label by a linear probe", "AUROC, 95 % interval")
+
+    def retrieval(self, entries: list[dict]) -> Markup:
+        values = {told: [e[key]["10"] for e in entries] for key, told in (("recall", "through z0"), ("chance", "by chance"))}
+        return self._dots([f"{e['query']} → {e['among']}" for e in entries], values, "Found among the first ten", "share of people")
+
+    def _dots(self, names: list[str], values: dict[str, list], title: str, label: str) -> Markup:
+        from mmimpute.report import figures
+
+        first = ", ".join(
+            f"{n} {decimal(v[0] if isinstance(v, tuple) else v)}" for n, v in zip(names[:10], next(iter(values.values())), strict=False)
+        )
+        return self._svg(figures.dots(names, values, title, label), f"{title}, {next(iter(values))}: {first}")
+
     def distribution(self, shown: dict) -> Markup:
         from mmimpute.report import figures
 
@@ -114,6 +148,10 @@ class _Drawing:
 
         self.drawn += 1
         return Markup(figures.svg(figure, f"f{self.drawn}", label))
+
+
+def _around(centre: float, width: float) -> tuple[float, float, float]:
+    return centre, centre - width, centre + width
 
 
 # --- how values read -------------------------------------------------------------------------------------------------------------------

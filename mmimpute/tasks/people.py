@@ -1,0 +1,121 @@
+"""The people that tasks are asked about, in memory, and what is learnt of their label.
+
+Shape suffixes: N people, D features, C columns, P parts.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.schema import CohortSchema
+from mmimpute.data.split import fold
+from mmimpute.data.tensors import to_model
+from mmimpute.errors import UserError
+from mmimpute.model.imputer import Imputer
+from mmimpute.model.vae import Inputs
+from mmimpute.registry import Model
+
+PARTS = 5  # of cross-fitting, where one member is asked only
+MOST_LEVELS = 20
+NONE = -1  # of people whose label is not known
+
+
+@dataclass(frozen=True)
+class People:
+    """Held-out people. x: N x width, NaN where not observed; fold: the member to ask about each; part: of P, what learns of the label
+    learns from the other parts, and where several members are asked a part is a fold; label: index of a level, or NONE.
+    """
+
+    model: Model
+    x: np.ndarray
+    fold: np.ndarray
+    part: np.ndarray
+    label: np.ndarray
+    levels: tuple[str, ...]
+
+    def take(self, rows: np.ndarray) -> "People":
+        return People(self.model, self.x[rows], self.fold[rows], self.part[rows], self.label[rows], self.levels)
+
+    @property
+    def names(self) -> list[str]:
+        return [m.name for m in self.model.schema.modalities]
+
+    def of(self, j: int) -> np.ndarray:
+        """Values of modality j, N x D."""
+        starts = np.cumsum([0, *self.model.widths])
+        return self.x[:, starts[j] : starts[j + 1]]
+
+    @property
+    def present(self) -> np.ndarray:
+        """N x K: something of the modality is observed."""
+        return np.stack([~np.isnan(self.of(j)).all(1) for j in range(len(self.names))], 1)
+
+    def parts(self) -> Iterator[tuple[Imputer, np.ndarray, np.ndarray]]:
+        """Per part the member that has not seen it, the rows of the other parts, and its own rows."""
+        for part in np.unique(self.part):
+            own = np.flatnonzero(self.part == part)
+            yield self.model.module.member(int(self.fold[own[0]])), np.flatnonzero(self.part != part), own
+
+
+def people_of(model: Model, x: np.ndarray, place: np.ndarray, label: np.ndarray | None = None, column: str | None = None) -> People:
+    """Records that the model's members have not seen. place: hashes of the subjects; label: a column as text, empty where not known.
+
+    Raises UserError where the label has not 2 to MOST_LEVELS levels of SMALLEST_GROUP people or more.
+    """
+    folds = fold(place, model.module.config.members)
+    part = folds if len(np.unique(folds)) > 1 else np.argsort(np.argsort(place, kind="stable")) % PARTS
+    if label is None:
+        return People(model, x, folds, part, np.full(len(x), NONE), ())
+    levels = levels_of(label, column)
+    index = {level: i for i, level in enumerate(levels)}
+    return People(model, x, folds, part, np.array([index.get(v, NONE) for v in label]), levels)
+
+
+def levels_of(label: np.ndarray, column: str | None) -> tuple[str, ...]:
+    """Levels of a label that enough people have; rarer ones count as not known. Raises UserError as `people_of`."""
+    counts = Counter(v for v in label if v)
+    if len(counts) > MOST_LEVELS:
+        raise UserError(f"--label: {column!r} has {len(counts)} different values; give a column of at most {MOST_LEVELS} classes")
+    levels = tuple(sorted(level for level, people in counts.items() if people >= SMALLEST_GROUP))
+    if len(levels) < 2:
+        raise UserError(f"--label: {column!r} has no two classes of {SMALLEST_GROUP} people or more among those asked about")
+    return levels
+
+
+def check_label(schema: CohortSchema, column: str | None) -> None:
+    """Raises UserError for a column that the model reads: it would tell of itself."""
+    if column in schema.columns:
+        raise UserError(f"--label: the model reads {column!r}; give an outcome, which it has never seen")
+
+
+def columns(model: Model, x: np.ndarray) -> list[np.ndarray]:
+    """Per modality what a classifier reads, N x C: values on the model's scale, 0 (the mean) where not observed; levels one-hot."""
+    inputs: Inputs = model.module.vae.inputs(*to_model(x, model.widths))
+    return [
+        _coded(z.numpy(), filled.numpy(), seen.numpy(), [len(f.levels) if f.kind == "categorical" else 0 for f in m.features])
+        for z, filled, seen, m in zip(inputs.z, inputs.filled, inputs.observed, model.schema.modalities, strict=True)
+    ]
+
+
+def _coded(z_ND: np.ndarray, filled_ND: np.ndarray, seen_ND: np.ndarray, levels: Sequence[int]) -> np.ndarray:
+    if not any(levels):
+        return z_ND
+    each = [(filled_ND[:, d, None] == np.arange(n)) & seen_ND[:, d, None] if n else z_ND[:, d, None] for d, n in enumerate(levels)]
+    return np.concatenate(each, 1).astype(np.float32)
+
+
+def with_holes(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Complete generated values that lack what real records lack: only then are the two the same but for the values."""
+    return np.where(np.isnan(like), np.nan, values)
+
+
+def latent_means(member: Imputer, x: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Mean of q(z0 | x) of a model of one member, N x L; of p(z0) where nothing is observed."""
+    values, observed = to_model(x, widths)
+    with torch.inference_mode():
+        inputs = member.vae.inputs(values, observed)
+        return member.vae.latents(inputs, 2).mean_EBL[0].numpy()
