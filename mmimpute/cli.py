@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from mmimpute import __version__
+from mmimpute.commands.classify import classify_app
 from mmimpute.commands.features import features_app
 from mmimpute.commands.operate import operate_app
 from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
@@ -44,6 +45,7 @@ from mmimpute.spec import (
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(operate_app)
 app.add_typer(tasks_app)
+app.add_typer(classify_app)
 app.add_typer(store_app, name="store")
 app.add_typer(features_app, name="features")
 evaluate_app = typer.Typer(invoke_without_command=True)

@@ -20,12 +20,13 @@ import torch
 
 import mmimpute
 from mmimpute.data import storage
-from mmimpute.data.arrow import Imputation, check_subjects, decode, enrich, enriched_schema, flat
+from mmimpute.data.arrow import Imputation, check_subjects, column_of, decode, enrich, enriched_schema, flat
 from mmimpute.data.schema import check_columns, is_list, storage_type
 from mmimpute.data.shards import IN_MEMORY, Shard, open_shard, unreadable
 from mmimpute.data.table import COUNTS, digest, output_key, published_counts
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import DataError
+from mmimpute.heads import LoadedHead
 from mmimpute.registry import Model
 from mmimpute.spec import ImputeSettings
 
@@ -36,7 +37,7 @@ PHASES = ("read", "model", "write")
 
 
 def settings_digest(settings: ImputeSettings) -> str:
-    return digest(settings.model_dump_json(), mmimpute.__version__)
+    return digest(settings.model_dump_json(exclude_none=True), mmimpute.__version__)
 
 
 @dataclass
@@ -65,12 +66,13 @@ class Work:
 
 @dataclass(frozen=True)
 class ShardImputer:
-    """What all shards of a run have in common."""
+    """What all shards of a run have in common. head: the one that the settings name."""
 
     model: Model
     shards: str
     output: str
     settings: ImputeSettings
+    head: LoadedHead | None = None
 
     def impute(self, todo: Sequence[Shard], begin: Callable[[str], int] = lambda key: 0) -> Iterator[dict]:
         """Publishes the enriched shards and yields a status of each: rows, imputed values per modality, seconds.
@@ -131,7 +133,10 @@ class ShardImputer:
         with work.phase("read"):
             check_columns(schema, file.schema_arrow, work.shard.key)
             _check_ids(file, schema.subject_id, work.shard.key)
+            _check_targets(self.head, file.schema_arrow, work.shard.key)
         out = enriched_schema(schema, file.schema_arrow, settings.interval > 0, settings.draws, settings.latent)
+        for target in self.head.file.targets if self.head else ():
+            out = out.append(target.field)
         with ExitStack() as stack:
             sink = stack.enter_context(tempfile.SpooledTemporaryFile(IN_MEMORY))
             self._write(work, sink, out.with_metadata({**(out.metadata or {}), **self._lineage(work.shard)}))
@@ -150,8 +155,9 @@ class ShardImputer:
                     records = decode(batch, schema, key)
                 with work.phase("model"):
                     imputed, latent = predict(self.model, records, settings, generator)
+                    chances = classify(self.model, self.head, records) if self.head else []
                 with work.phase("write"):
-                    writer.write_batch(enrich(batch, out, schema, records, imputed, latent))
+                    writer.write_batch(enrich(batch, out, schema, records, imputed, latent, chances))
                 _count(records, work.status)
             # The counts travel with the shard: whoever commits it later need not have seen it made.
             counts = {name: work.status[name] for name in ("rows", "from_prior", "imputed")}
@@ -174,6 +180,13 @@ def impute_shard(model: Model, shards: str, shard: Shard, output: str, settings:
     """One shard alone; see `ShardImputer.impute`."""
     (status,) = ShardImputer(model, shards, output, settings).impute([shard])
     return status
+
+
+def _check_targets(head: LoadedHead | None, arrow: pa.Schema, key: str) -> None:
+    """Raises DataError where a shard has a column that a head writes."""
+    taken = [t.field.name for t in head.file.targets if t.field.name in arrow.names] if head else []
+    if taken:
+        raise DataError(key, taken[0], "a column that classification writes", "raw records", "drop it, or leave enriched shards out")
 
 
 def _check_ids(file: pq.ParquetFile, column: str, key: str) -> None:
@@ -211,6 +224,13 @@ def predict(
         for name, *parts in zip(names, predicted.mean, predicted.std, lower, upper, draws, strict=True)
     }
     return imputed, predicted.z0_BL.cpu().numpy() if settings.latent else None
+
+
+def classify(model: Model, head: LoadedHead, records: Mapping[str, np.ndarray]) -> list[pa.Array]:
+    """Probabilities of every target: of 1, or a list of those of all classes."""
+    x, observed = to_model(flat(records), model.widths, model.module.device)
+    said = [p.cpu().numpy() for p in head.module.predict(model.module.vae, x, observed)]
+    return [column_of(p[:, 1] if t.binary else p, t.field.type) for t, p in zip(head.file.targets, said, strict=True)]
 
 
 def _count(records: Mapping[str, np.ndarray], status: dict) -> None:

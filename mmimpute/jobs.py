@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 
 import mmimpute
-from mmimpute import metrics, registry
+from mmimpute import heads, metrics, registry
 from mmimpute.cluster import ingest, runtime
 from mmimpute.cluster.impute import impute_shards
-from mmimpute.data import profile, storage, table
+from mmimpute.data import labels, profile, storage, table
 from mmimpute.data.reference import reference
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
@@ -20,13 +20,22 @@ from mmimpute.errors import UserError
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModelConfig
-from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_of
+from mmimpute.planning import Survey, by_layout, columns_of, listed_for, survey, survey_for, survey_of
 from mmimpute.sizing import model_config
-from mmimpute.spec import AlertRules, ClusterSettings, DriftSettings, EvaluateSettings, FitSettings, ImputeSettings
+from mmimpute.spec import (
+    AlertRules,
+    ClusterSettings,
+    DriftSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    FitSettings,
+    ImputeSettings,
+)
 
 Progress = Callable[[dict], None]
 LISTING_THREADS = 4  # lists are made of a few columns: what they wait for is the store
 NO_TASKS = EvaluateSettings()
+LABEL_SAMPLE = 5_000  # labelled people from whom the bins of contrastive labels are taken
 LEAST_ROWS = 60  # fewer records are no training data
 
 
@@ -77,6 +86,7 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
     with runtime.cluster(cluster):
         seen, bad = _observe(found, on_progress)
         schema, seen = profile.settle(found.schema, seen)
+        schema = _with_labels(found, bad, schema)
         rows = seen.rows
         if rows < LEAST_ROWS:
             raise UserError(f"{found.url}: {rows} records; a model needs {LEAST_ROWS} or more")
@@ -109,9 +119,19 @@ def _start(home: str, config: ModelConfig) -> str | None:
     return storage.join(home, name) if name and registry.load(home).module.config == config else None
 
 
+def _with_labels(found: Survey, bad: dict[str, str], schema: CohortSchema) -> CohortSchema:
+    """The labels of a contrastive cohort settled on a sample of its people."""
+    if schema.contrastive is None:
+        return schema
+    good = [s for s in found.shards if s.key not in bad]
+    sample = ingest.labelled(found.url, good, schema, schema.contrastive.columns, LABEL_SAMPLE)
+    return schema.model_copy(update={"contrastive": labels.settle(schema.contrastive, sample.beside)})
+
+
 def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[list[Shard]]:
     """The shards that were not set aside, as `ingest.records` takes them."""
-    return by_layout(found.url, [s for s in found.shards if s.key not in bad], schema.columns)
+    columns = schema.columns + (schema.contrastive.columns if schema.contrastive else [])
+    return by_layout(found.url, [s for s in found.shards if s.key not in bad], columns)
 
 
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings: EvaluateSettings = NO_TASKS) -> dict:
@@ -171,6 +191,8 @@ def impute_table(
     every shard, None where nothing was to do)}; commits nothing.
     """
     began = time.perf_counter()
+    if settings.head:
+        heads.check(settings.head, place)
     todo = table.outstanding(output, expected_outputs(found, place, settings))
     found_bad, seconds = {}, dict.fromkeys(PHASES, 0.0)
     rows, retries, record = 0, 0, metrics.Record() if todo else None
@@ -240,6 +262,42 @@ def impute_cohort(
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
     return imputed | {"committed": commit_table(found, place, output, settings, prune, imputed["metrics"])}
+
+
+def finetune_head(model: str, shards: str, settings: FinetuneSettings, cluster: ClusterSettings) -> dict:
+    """Fits a head to the model's z0 on the labelled records of these shards.
+
+    Returns {head (its URL), model, rows (labelled records), targets, set_aside}. Raises UserError where a target is no class, is an
+    input of the model, or where too few records have a label.
+    """
+    from mmimpute import finetuning
+
+    place = registry.locate(model)
+    loaded = registry.load(place)
+    finetuning.check_targets(loaded, settings)
+    found = survey_for(shards, loaded.schema)
+    with runtime.cluster(cluster):
+        asked = ingest.labelled(found.url, found.shards, loaded.schema, list(settings.target), settings.most)
+    if not len(asked.x):
+        raise UserError(f"{shards}: no record has a label in {', '.join(settings.target)}")
+    head, targets = finetuning.fit(loaded, asked.x, asked.place, asked.beside, settings)
+    url = heads.save(place.rsplit("/", 1)[0], loaded.digest, head, targets, settings)
+    told = [t.model_dump() for t in targets]
+    return {"head": url, "model": place, "rows": len(asked.x), "targets": told, "set_aside": found.set_aside}
+
+
+def classify_cohort(
+    head: str,
+    shards: str,
+    output: str,
+    settings: ImputeSettings,
+    cluster: ClusterSettings,
+    on_shard: Progress = ignore,
+    prune: bool = False,
+) -> dict:
+    """What `impute_cohort` does, by the head's model and with the head's probabilities beside what is imputed."""
+    chosen = settings.model_copy(update={"head": heads.locate(head).url})
+    return impute_cohort(heads.model_of(head), shards, output, chosen, cluster, on_shard, prune)
 
 
 def verify_table(model: str, shards: str, output: str, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:

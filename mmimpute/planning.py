@@ -151,11 +151,11 @@ def _fitting(schema: CohortSchema, shards: list[Shard], footers: dict, errors: d
 
 
 def by_layout(url: str, shards: list[Shard], columns: list[str]) -> list[list[Shard]]:
-    """The shards in groups that give these columns the same types: what one `read_parquet` can read."""
+    """The shards in groups that have the same of these columns, in the same types: what one `read_parquet` can read."""
 
     def layout(shard: Shard) -> str:
         arrow = read_footer(url, shard).schema.to_arrow_schema()
-        return str([arrow.field(c).type for c in columns])
+        return str([arrow.field(c).type if c in arrow.names else None for c in columns])
 
     groups: dict[str, list[Shard]] = {}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:

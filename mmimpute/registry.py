@@ -3,6 +3,7 @@
     <home>/<digest>/model.json           schema, model config, what it was fitted on
     <home>/<digest>/model.safetensors    weights and standardisation
     <home>/<digest>/{profile,marginals,history,set_aside,fitted,gate,card,evaluation}.json, card.md
+    <home>/heads/<digest>/               classes from a model's z0 (see heads.py)
     <home>/champion.json                 which of them production uses, which it used before, which were taken back
 
 Nothing is unpickled: JSON is validated and weights are safetensors, so a model file from outside cannot run code.
@@ -73,7 +74,7 @@ def save(home: str, module: Imputer, schema: CohortSchema, fitted_on: str) -> st
     """Writes a model under its digest and returns that. It is nobody's champion yet."""
     file = file_of(module, schema, fitted_on).model_dump_json(indent=1).encode()
     weights = save_weights({name: t.contiguous() for name, t in module.state_dict().items()})
-    name = _digest(file, weights)
+    name = content_digest(file, weights)
     storage.write(home, f"{name}/model.safetensors", weights)
     storage.write(home, f"{name}/model.json", file)
     return name
@@ -83,7 +84,8 @@ def file_of(module: Imputer, schema: CohortSchema, fitted_on: str) -> ModelFile:
     return ModelFile(version=mmimpute.__version__, fitted_on=fitted_on, cohort=schema, config=dataclasses.asdict(module.config))
 
 
-def _digest(file: bytes, weights: bytes) -> str:
+def content_digest(file: bytes, weights: bytes) -> str:
+    """What a directory of these two files is named by."""
     return hashlib.blake2b(file + weights, digest_size=16).hexdigest()
 
 
@@ -198,7 +200,7 @@ def describe(url: str) -> ModelFile:
 def digest_of(url: str) -> str:
     """The digest of the model under a URL, from its bytes: what an actor that loads it will call it too."""
     place = locate(url)
-    return _digest(_parse(place)[1], _weights(place))
+    return content_digest(_parse(place)[1], _weights(place))
 
 
 def load(url: str) -> Model:
@@ -212,7 +214,7 @@ def load(url: str) -> Model:
         raise UserError(f"{place}: a damaged model, or one of another version of mmimpute ({str(error)[:200]})") from None
     if len(module.config.modalities) != len(file.cohort.modalities):
         raise UserError(f"{place}: a damaged model: config and schema differ")
-    return Model(place, _digest(text, weights), file, module)
+    return Model(place, content_digest(text, weights), file, module)
 
 
 def _weights(place: str) -> bytes:

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mmimpute.errors import UserError
 
@@ -79,6 +79,32 @@ class ModalitySpec(_Settings):
             raise ValueError(f"shape {list(self.shape)}; expected {SHAPES[self.form]}")
 
 
+class ContrastiveLabel(_Settings):
+    """A label by which records are alike: those of one value, of one bin of values or, softly, of near values."""
+
+    weight: float = Field(1, gt=0, description="of its loss in the linear combination")
+    bins: int = Field(4, ge=2, le=100, description="of a number with more values: bins with as many people each")
+    soft: bool = Field(False, description="of a number: near values are alike, by a Gaussian kernel on standardised values; no bins")
+
+
+def _label(value):
+    return {"weight": value} if isinstance(value, int | float) else value
+
+
+class ContrastiveSpec(_Settings):
+    """Pre-training on labels that are cheap: records of like labels are drawn together in latent space, and the others apart."""
+
+    labels: dict[str, Annotated[ContrastiveLabel, BeforeValidator(_label)]] = Field(
+        min_length=1, description="column -> weight, or a table; never an input to the model, and where null it says nothing"
+    )
+    temperature: float = Field(0.1, gt=0)
+    weight: float = Field(1, gt=0, description="of the contrastive loss beside L")
+    alone: bool = Field(False, description="without L: what the model imputes then comes from its other experts")
+    on: Annotated[tuple[str, ...], BeforeValidator(lambda on: (on,) if isinstance(on, str) else on)] = Field(
+        ("z0",), min_length=1, description="z0, or modalities: their own latents, from themselves alone; one or several"
+    )
+
+
 class CohortSpec(_Settings):
     """A population: which columns are what. See DESIGN, input contract."""
 
@@ -87,6 +113,14 @@ class CohortSpec(_Settings):
     outcomes: tuple[str, ...] = Field((), description="columns (a trailing * is a wildcard) that the model never reads")
     subgroups: tuple[str, ...] = Field((), description="scalar columns (sex, age, ...) by whose groups a model card tells the accuracy")
     modalities: dict[Annotated[str, AfterValidator(_name)], ModalitySpec] = Field(min_length=1)
+    contrastive: ContrastiveSpec | None = None
+
+    @model_validator(mode="after")
+    def _contrasted(self):
+        on = self.contrastive.on if self.contrastive else ()
+        if unknown := [name for name in on if name != "z0" and name not in self.modalities]:
+            raise ValueError(f"contrastive.on names {unknown[0]!r}; valid are z0 and the modalities: {', '.join(self.modalities)}")
+        return self
 
 
 class FitSettings(_Settings):
@@ -142,6 +176,21 @@ class ImputeSettings(_Settings):
     interval: Literal[0, 0.5, 0.8, 0.9, 0.95] = Field(0, description="X__lower, X__upper: interval of this coverage for numbers; 0 = none")
     draws: int = Field(0, ge=0, description="X__draws: number of draws of what is missing; 0 = none")
     latent: bool = Field(False, description="z0: the shared latent mean, an embedding of the record")
+    seed: int = 0
+    head: str | None = Field(None, description="X__probability: URL of a head that `mmimpute finetune` wrote for this model")
+
+
+class FinetuneSettings(_Settings):
+    """A head on a model's z0 for labels that are dear. Where a label is null a record says nothing of it."""
+
+    target: tuple[str, ...] = Field(min_length=1, description="columns of classes: 0 and 1, or one of several values; no inputs")
+    full: bool = Field(False, description="true: the encoder is trained too, with modalities hidden at random")
+    class_weight: Literal["balanced"] | None = Field(
+        None, description="balanced: every class weighs the same, and probabilities are no longer frequencies"
+    )
+    epochs: int = Field(40, ge=1, description="at most, of a full one")
+    lr: float = Field(2e-4, gt=0, description="largest rate of a full one")
+    most: int = Field(20_000, ge=100, description="labelled records that are used")
     seed: int = 0
 
 
@@ -219,6 +268,7 @@ class RunConfig(_Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     impute: ImputeSettings = ImputeSettings()
     drift: DriftSettings = DriftSettings()
+    finetune: FinetuneSettings | None = Field(None, description="for `mmimpute finetune`; no part of a run")
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmimpute.model.contrastive import ContrastiveVAE
 from mmimpute.model.objective import LossTerms
 from mmimpute.model.vae import MultiModalVAE
 
@@ -103,17 +104,20 @@ class Training:
     def device(self) -> torch.device:
         return self.model.hide_K.device
 
-    def step(self, x: Sequence[Tensor], observed: Sequence[Tensor], fold_B: Tensor | None = None) -> dict[str, float]:
+    def step(
+        self, x: Sequence[Tensor], observed: Sequence[Tensor], fold_B: Tensor | None = None, labels_BT: Tensor | None = None
+    ) -> dict[str, float]:
         """One update; returns the batch's named terms (see `summarise`) and the objective as `loss`.
 
-        Member e does not learn from records of fold e; without folds every member learns from all.
+        Member e does not learn from records of fold e; without folds every member learns from all. labels: of a `ContrastiveVAE`.
         """
         self.module.train()
         rise = self.settings.elbo_warmup * self.total_steps
         scale = min(1.0, (self.done + 1) / rise) if rise else 1.0
         seed = (self.settings.seed * 1_000_003 + self.done) * 4_096 + self.rank
         with seeded(seed, self.device), torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            terms = self.module(x, observed, None if fold_B is None else (fold_B != self._index_E1()).float(), scale)
+            weight_EB = None if fold_B is None else (fold_B != self._index_E1()).float()
+            terms = self.module(x, observed, weight_EB, scale, **_labels(labels_BT))
         self.optimiser.zero_grad()
         terms.objective.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip * math.sqrt(self.model.config.members))
@@ -136,14 +140,15 @@ class Training:
     def tune(self, batches: Iterable[tuple]) -> dict[str, float]:
         """Sums over the batches with the averaged weights, hiding the same values in every epoch.
 
-        A batch is (values, masks) or (values, masks, folds): with folds a record judges the member that did not see it.
+        A batch is (values, masks) and perhaps folds, with which a record judges the member that did not see it, and labels.
         Everything returned adds up over batches and ranks; `summarise` makes means of it.
         """
         total: dict[str, float] = defaultdict(float)
         with seeded(TUNE_SEED, self.device):
-            for x, observed, *folds in batches:
-                weight_EB = (folds[0] == self._index_E1()).float() if folds else None
-                for name, value in self._sums(self.average(x, observed, weight_EB)).items():
+            for x, observed, *rest in batches:
+                fold_B, labels_BT = (*rest, None, None)[:2]
+                weight_EB = None if fold_B is None else (fold_B == self._index_E1()).float()
+                for name, value in self._sums(self.average(x, observed, weight_EB, **_labels(labels_BT))).items():
                     total[name] += value
         return dict(total)
 
@@ -162,7 +167,10 @@ class Training:
         whole = [terms.elbo_ER, terms.shared_kl_ER, torch.ones_like(terms.shared_kl_ER), torch.ones_like(weight_EB)]
         flat = torch.cat([weighted(t[..., None]) for t in whole] + [weighted(c) for c in columns.values()]).tolist()
         names = [m.name for m in self.model.config.modalities]
-        return dict(zip(["elbo", "shared_kl", "elbo_rows", "rows"] + [f"{n}.{c}" for c in columns for n in names], flat, strict=True))
+        sums = dict(zip(["elbo", "shared_kl", "elbo_rows", "rows"] + [f"{n}.{c}" for c in columns for n in names], flat, strict=True))
+        if terms.contrast_E is not None:  # a mean over the batch, so it counts as often as the batch has records
+            sums["contrast"] = float((terms.contrast_E.detach() * weight_EB.sum(1)).sum())
+        return sums
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -185,7 +193,8 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     """Means from sums, possibly added up over batches and ranks.
 
     `loss` is the quantity for early stopping: the score of hidden values, mean over modalities (1 = the training
-    marginal). `elbo`, `impute`, `shared_kl` are nats per record; `<modality>.reconstruction` and `.private_kl` nats
+    marginal), and `contrast`, the weighted contrastive loss, where there is one.
+    `elbo`, `impute`, `shared_kl` are nats per record; `<modality>.reconstruction` and `.private_kl` nats
     per record that has it; `<modality>.impute` nats and `.score` the score per record in which it was hidden.
     """
     rows, elbo_rows = max(1.0, sums["rows"]), max(1.0, sums["elbo_rows"])
@@ -197,12 +206,16 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
             if sums[f"{n}.{count}"]:
                 out[f"{n}.{term}"] = sums[f"{n}.{term}"] / sums[f"{n}.{count}"]
     scores = [out[f"{n}.score"] for n in names if f"{n}.score" in out]
-    return {"loss": sum(scores) / len(scores) if scores else 1.0} | out
+    loss = sum(scores) / len(scores) if scores else 1.0
+    if "contrast" in sums:
+        out["contrast"] = sums["contrast"] / rows
+        loss += out["contrast"]
+    return {"loss": loss} | out
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The best averaged weights, and one record per epoch."""
+    """The best averaged weights, without what only training needs, and one record per epoch."""
 
     model: MultiModalVAE
     history: list[dict[str, float]]
@@ -214,29 +227,39 @@ def fit_in_memory(
     fold_N: Tensor,
     settings: OptimiserSettings = OptimiserSettings(),
     plan: Schedule | None = None,
+    labels_NT: Tensor | None = None,
 ) -> Fitted:
-    """The loop without a cluster, over tensors that fit in memory; fold -1 trains every member and judges none."""
+    """The loop without a cluster, over tensors that fit in memory; fold -1 trains every member and judges none.
+
+    labels: of a `ContrastiveVAE`.
+    """
     rows = len(fold_N)
     plan = plan or schedule(rows)
     training = Training(model, settings, plan.total_steps)
     shuffle = torch.Generator().manual_seed(settings.seed)
     judges_N = fold_N >= 0
-    tune = (*take(data, judges_N), fold_N[judges_N])
+    tune = (*take(data, judges_N), fold_N[judges_N], *(() if labels_NT is None else (labels_NT[judges_N],)))
     learns_N = (fold_N < 0) | (model.config.members > 1)
     train, train_fold_N = take(data, learns_N), fold_N[learns_N]
+    labels = (lambda index: ()) if labels_NT is None else (lambda index: (labels_NT[learns_N][index],))
     best, best_loss, best_epoch, history = copy.deepcopy(training.average), math.inf, 0, []
     for epoch in range(plan.epochs):
         order = torch.randperm(len(train_fold_N), generator=shuffle)
         batches = order[: plan.steps_per_epoch * plan.batch].split(plan.batch)
-        steps = [training.step(*take(train, index), train_fold_N[index]) for index in batches]
-        result = summarise(training.tune((*take(tune, i), tune[2][i]) for i in slices(len(tune[2]), 1024)))
+        steps = [training.step(*take(train, index), train_fold_N[index], *labels(index)) for index in batches]
+        result = summarise(training.tune((*take(tune, i), *(t[i] for t in tune[2:])) for i in slices(len(tune[2]), 1024)))
         history.append({"epoch": epoch, "train_loss": sum(s["loss"] for s in steps) / len(steps)} | result)
         if result["loss"] < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(training.average), result["loss"], epoch
         if epoch - best_epoch >= plan.patience:
             break
     best.prior.fit(sum(best.posterior_moments(*take(train, i)) for i in slices(len(train_fold_N), 1024)))
-    return Fitted(best, history)
+    return Fitted(best.plain() if isinstance(best, ContrastiveVAE) else best, history)
+
+
+def _labels(labels_BT: Tensor | None) -> dict[str, Tensor]:
+    """What only a `ContrastiveVAE` takes."""
+    return {} if labels_BT is None else {"labels_BT": labels_BT}
 
 
 def take(batch: Sequence, index: Tensor | slice) -> Batch:

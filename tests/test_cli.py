@@ -53,6 +53,8 @@ def test_all_commands_are_there():
         "verify",
         "run",
         "retrain",
+        "finetune",
+        "classify",
         "models",
         "rollback",
         "demo",

@@ -18,6 +18,10 @@ WRONG = {
     "never hidden": (MODALITY + "hide = 0.0\n", "modalities.labs.hide"),
     "unknown tails": (MODALITY + 'tails = "heavy"\n', "modalities.labs.tails: Input should be 'gaussian' or 'student'"),
     "name with a divider": ('[modalities."a__b"]\nprefix = "a__"\n', "has no '__' in it"),
+    "contrast on nothing": (MODALITY + '[contrastive]\nlabels = {a = 1}\non = "rna"\n', "contrastive.on names 'rna'; valid are z0 and"),
+    "contrast by nothing": (MODALITY + "[contrastive]\nlabels = {}\n", "contrastive.labels"),
+    "contrast of no weight": (MODALITY + "[contrastive]\nlabels = {a = 0}\n", "contrastive.labels.a.weight"),
+    "unknown key of a label": (MODALITY + "[contrastive.labels.a]\nbin = 3\n", "contrastive.labels.a"),
     "no TOML": ("subject_id = \n", "not a readable TOML file"),
 }
 
@@ -71,3 +75,18 @@ def test_config_mistakes(tmp_path):
     path.write_text('shards = "a"\nmodel = "b"\noutput = "c"\n[spec.modalities.a]\ncolumn = "a"\n[impute]\ninterval = 0.7\n')
     with pytest.raises(UserError, match=r"impute.interval: Input should be 0, 0.5, 0.8, 0.9 or 0.95"):
         read_config(path)
+
+
+def test_labels_have_a_weight_or_a_table(tmp_path):
+    path = tmp_path / "cohort.toml"
+    path.write_text(MODALITY + '[contrastive]\non = "labs"\n[contrastive.labels]\nsex = 2\nage = {soft = true}\n')
+    found = read_spec(path).contrastive
+    assert found.on == ("labs",) and found.labels["sex"].weight == 2
+    assert (found.labels["age"].soft, found.labels["age"].weight) == (True, 1)
+
+
+def test_a_head_that_is_not_there_leaves_the_digest_of_settings_as_it_was():
+    from mmimpute.imputing import settings_digest
+
+    assert settings_digest(ImputeSettings()) != settings_digest(ImputeSettings(head="a/heads/" + "0" * 32))
+    assert "head" not in ImputeSettings().model_dump_json(exclude_none=True)

@@ -33,6 +33,7 @@ from mmimpute.data.shards import Shard
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import split
 from mmimpute.model.config import ModelConfig
+from mmimpute.model.contrastive import ContrastConfig, ContrastiveVAE
 from mmimpute.model.imputer import Imputer
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
@@ -121,7 +122,17 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "checkpoint_seconds": job.settings.checkpoint_seconds,
         "widths": [len(m.features) for m in job.schema.modalities],
         "start": job.start,
+        "contrast": _contrast(job.schema),
     }
+
+
+def _contrast(schema: CohortSchema) -> dict[str, Any] | None:
+    """Of a contrastive cohort, a `ContrastConfig` as a dict."""
+    found = schema.contrastive
+    if found is None:
+        return None
+    terms = {"weights": tuple(label.weight for label in found.labels), "soft": tuple(label.soft for label in found.labels)}
+    return terms | {"temperature": found.temperature, "weight": found.weight, "alone": found.alone, "on": found.on}
 
 
 def _gpus(job: Job) -> float:
@@ -251,9 +262,9 @@ def train_loop(loop: dict[str, Any]) -> None:
     while not best["stopped"]:
         epoch, began = len(best["history"]), time.perf_counter()
         seed = loop["settings"]["seed"] * 100_003 + epoch
-        steps = [training.step(*split(x, loop["widths"]), folds) for x, folds in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
+        steps = [training.step(*_batch(x, folds, loop["widths"])) for x, folds in data.epoch(seed, plan.batch, plan.steps_per_epoch)]
         judged = zip(*(t.split(TUNE_BATCH) for t in tune), strict=True)
-        tuned = summarise(_all_reduce(training.tune((*split(x, loop["widths"]), folds) for x, folds in judged), device))
+        tuned = summarise(_all_reduce(training.tune(_batch(x, folds, loop["widths"]) for x, folds in judged), device))
         seconds = time.perf_counter() - began
         rows = plan.steps_per_epoch * plan.batch * context.get_world_size()
         record = {"epoch": epoch + 1, "epochs": plan.epochs, "seconds": seconds, "rows_per_second": rows / seconds}
@@ -267,10 +278,24 @@ def train_loop(loop: dict[str, Any]) -> None:
         reporter.report(record, last=best["stopped"])
 
 
+def _batch(x: torch.Tensor, folds: torch.Tensor, widths: list[int]) -> tuple:
+    """Values, masks, folds and, where they stand behind the values, labels."""
+    values, masks = _inputs(x, widths)
+    labels = x[:, sum(widths) :]
+    return (values, masks, folds, labels) if labels.shape[1] else (values, masks, folds)
+
+
+def _inputs(x: torch.Tensor, widths: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Values and masks, without the labels."""
+    return split(x[:, : sum(widths)], widths)
+
+
 def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[str, Any]]:
     torch.manual_seed(loop["settings"]["seed"])  # equal weights on every rank before DDP broadcasts them
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in loop["statistics"].items()}
-    model = MultiModalVAE(ModelConfig.from_dict(loop["config"]), statistics).to(get_device())
+    config, terms = ModelConfig.from_dict(loop["config"]), loop["contrast"]
+    model = ContrastiveVAE(config, statistics, ContrastConfig(**terms)) if terms else MultiModalVAE(config, statistics)
+    model = model.to(get_device())
     if loop["start"]:
         model.start_from(registry.load(loop["start"]).module.vae)
     plan = Schedule(**loop["plan"])
@@ -303,7 +328,7 @@ def _weights(training: Training) -> dict[str, torch.Tensor]:
 def _fit_prior(best: dict[str, Any], training: Training, batches: Iterator[torch.Tensor], widths: list[int]) -> None:
     """p(z0) of the best weights takes the moments of the posteriors of all ranks' records (see `model.prior`)."""
     training.average.load_state_dict(best["weights"])
-    total_EMM = sum(training.average.posterior_moments(*split(x, widths)) for x, _ in batches)
+    total_EMM = sum(training.average.posterior_moments(*_inputs(x, widths)) for x, _ in batches)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total_EMM)
     training.average.prior.fit(total_EMM)
@@ -311,8 +336,10 @@ def _fit_prior(best: dict[str, Any], training: Training, batches: Iterator[torch
 
 def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> None:
     """The whole model around the trained VAE, from rank 0's records: its weights take the place of the VAE's."""
-    x, folds = sample
-    imputer = assemble(training.average.cpu(), *split(x, widths), folds)
+    x, folds = sample[0][:, : sum(widths)], sample[1]
+    average = training.average.cpu()
+    vae = average.plain() if isinstance(average, ContrastiveVAE) else average
+    imputer = assemble(vae, *split(x, widths), folds)
     best["weights"] = {name: t.detach().contiguous() for name, t in imputer.state_dict().items()}
     judged = scoring.some(folds.numpy(), np.arange(len(x)))
     names = [m.name for m in imputer.config.modalities]

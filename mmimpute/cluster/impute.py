@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mmimpute import registry
+from mmimpute import heads, registry
 from mmimpute.cluster import runtime
 from mmimpute.cluster.ingest import shard_dataset, shards_of, statuses
 from mmimpute.data.shards import Shard
@@ -39,7 +39,8 @@ class ImputingActor:
     def __init__(self, model: str, shards: str, output: str, settings: ImputeSettings, begun: ray.actor.ActorHandle):
         loaded = registry.load(model)
         loaded.module.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.imputer, self.begun = ShardImputer(loaded, shards, output, settings), begun
+        head = heads.load(settings.head, loaded) if settings.head else None
+        self.imputer, self.begun = ShardImputer(loaded, shards, output, settings, head), begun
 
     def __call__(self, block: pa.Table) -> Iterator[dict[str, np.ndarray]]:
         try:

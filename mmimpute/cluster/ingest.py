@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from mmimpute.data import storage
+from mmimpute.data import labels, storage
 from mmimpute.data.arrow import decode, flat, texts
 from mmimpute.data.profile import Statistics, merge, observe, sample_share
 from mmimpute.data.schema import CohortSchema
@@ -85,17 +85,22 @@ def _objects(value) -> np.ndarray:
 def records(url: str, layouts: list[list[Shard]], schema: CohortSchema) -> Dataset:
     """Records, streamed: `x`, width float32 values, NaN where not observed, and `place`, the hash of the id.
 
+    Behind the values of `x` stand the labels of a contrastive cohort (see `labels.encode`), so that they travel with the record.
     layouts: the shards, in groups of one layout (see `planning.by_layout`).
     """
     filesystem, root = storage.arrow_filesystem(url)
 
     def to_records(batch: pa.Table) -> dict[str, np.ndarray]:
-        return {"x": flat(decode(batch, schema, "being read")), "place": position(batch.column(schema.subject_id))}
+        x = flat(decode(batch, schema, "being read"))
+        if schema.contrastive:
+            x = np.concatenate([x, labels.encode(batch, schema.contrastive, "being read")], axis=1)
+        return {"x": x, "place": position(batch.column(schema.subject_id))}
 
     def read(shards: list[Shard]) -> Dataset:
         paths = [f"{root}/{s.key}" for s in shards]
-        raw = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None).select_columns(schema.columns)
-        return raw.map_batches(to_records, batch_format="pyarrow")
+        raw = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
+        there = [c for c in schema.contrastive.columns if c in raw.columns()] if schema.contrastive else []
+        return raw.select_columns(schema.columns + there).map_batches(to_records, batch_format="pyarrow")
 
     first, *others = map(read, layouts)
     return first.union(*others) if others else first
@@ -126,8 +131,22 @@ class Judges:
         return Judges(np.concatenate([self.x, other.x]), np.concatenate([self.place, other.place]), beside)
 
 
-def judges(url: str, shards: list[Shard], schema: CohortSchema, chosen: Chosen, most: int, beside: Collection[str] = ()) -> Judges:
-    """The first `most` of the chosen records of the good shards, with what is beside them. chosen: which places."""
+def labelled(url: str, shards: list[Shard], schema: CohortSchema, columns: list[str], most: int) -> Judges:
+    """The first `most` of the records of the good shards that have a value in one of these columns, with the columns beside them."""
+    has = lambda table: labels.labelled(table, columns)  # noqa: E731
+    return judges(url, shards, schema, lambda place: np.ones(len(place), bool), most, columns, has)
+
+
+def judges(
+    url: str,
+    shards: list[Shard],
+    schema: CohortSchema,
+    chosen: Chosen,
+    most: int,
+    beside: Collection[str] = (),
+    among: Callable[[pa.Table], np.ndarray] | None = None,
+) -> Judges:
+    """The first `most` of the chosen records of the good shards, with what is beside them. chosen: which places; among: which rows."""
 
     def choose(batch: pa.Table) -> dict[str, np.ndarray]:
         (shard,) = shards_of(batch)
@@ -136,7 +155,7 @@ def judges(url: str, shards: list[Shard], schema: CohortSchema, chosen: Chosen, 
             x, place = flat(decode(table, schema, shard.key)), position(table.column(schema.subject_id))
         except DataError:  # told by whoever works on all shards
             return {"found": _objects(none)}
-        kept = chosen(place)
+        kept = chosen(place) & (among(table) if among else True)
         return {"found": _objects(Judges(x[kept], place[kept], {c: texts(table, c)[kept] for c in beside}).first(most))}
 
     none = Judges(np.empty((0, schema.width), np.float32), np.empty(0), {c: np.empty(0, object) for c in beside})

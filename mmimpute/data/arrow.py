@@ -6,7 +6,7 @@ observed is copied exactly.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -136,8 +136,12 @@ def texts(table: pa.Table, column: str) -> np.ndarray:
     """A column of scalars as text, empty where there is no value or no such column: of what is beside the model's own columns."""
     if column not in table.column_names:
         return np.full(len(table), "", object)
-    values = _one(table.column(column))
-    return pc.fill_null(pc.cast(values, pa.string()), "").to_numpy(zero_copy_only=False)
+    return pc.fill_null(pc.cast(scalars(table, column), pa.string()), "").to_numpy(zero_copy_only=False)
+
+
+def scalars(table: pa.Table | pa.RecordBatch, column: str) -> pa.Array:
+    """A column of single values as one array."""
+    return _one(table.column(column))
 
 
 def _decode_scalar(array: pa.Array, feature: Feature, column: str, shard: str, strict: bool) -> np.ndarray:
@@ -242,18 +246,24 @@ def enrich(
     records: Mapping[str, np.ndarray],
     imputed: Mapping[str, Imputation],
     latent: np.ndarray | None,
+    further: Sequence[pa.Array] = (),
 ) -> pa.RecordBatch:
     """Input columns unchanged, then per column X of an imputed modality: completed values, their std, bounds, draws.
 
-    All are null on rows where nothing of the modality was missing. records, imputed: by modality, N x D.
+    All are null on rows where nothing of the modality was missing. records, imputed: by modality, N x D; further: columns for the end.
     """
     columns = list(batch.columns)
     for modality in schema.imputed:
         columns += _modality_columns(modality, records[modality.name], imputed[modality.name], out)
     columns.append(pa.array(np.logical_and.reduce([np.isnan(x).all(1) for x in records.values()])))
     if latent is not None:
-        columns.append(_lists(latent.astype(np.float32), np.ones(len(latent), bool), out.field(LATENT).type))
-    return pa.RecordBatch.from_arrays(columns, schema=out)
+        columns.append(column_of(latent.astype(np.float32), out.field(LATENT).type))
+    return pa.RecordBatch.from_arrays([*columns, *further], schema=out)
+
+
+def column_of(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """N numbers, or N x D as lists."""
+    return _lists(values, np.ones(len(values), bool), kind) if is_list(kind) else pa.array(values, kind)
 
 
 def _modality_columns(modality: Modality, x: np.ndarray, imputed: Imputation, out: pa.Schema) -> list[pa.Array]:

@@ -17,6 +17,7 @@ from mmimpute.errors import DataError, UserError
 from mmimpute.spec import SHAPES, CohortSpec, Form, ModalitySpec, SpecKind, Tails
 
 OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
+PROBABILITY = "__probability"  # of a head's classes
 FROM_PRIOR = "from_prior"
 LATENT = "z0"
 TOKENS = 64  # of a text that are read
@@ -69,13 +70,45 @@ class Modality(_Frozen):
         return tuple(range(self.shape[1])) * self.shape[0]
 
 
+class Label(_Frozen):
+    """A column by which contrastive training tells records alike, settled as data.labels says.
+
+    levels: its values, where like is equal; edges: between bins; mean and std: of a soft one. The others are empty.
+    """
+
+    column: str
+    text: bool
+    weight: float
+    bins: int
+    soft: bool
+    levels: tuple[str, ...] | tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class Contrastive(_Frozen):
+    """See `spec.ContrastiveSpec`."""
+
+    labels: tuple[Label, ...]
+    temperature: float
+    weight: float
+    alone: bool
+    on: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        return [label.column for label in self.labels]
+
+
 class CohortSchema(_Frozen):
-    """timestamp: the column of the event time, which the model never reads."""
+    """timestamp: the column of the event time, which the model never reads; contrastive: labels that only training reads."""
 
     subject_id: str
     subject_type: str
     timestamp: str | None = None
     modalities: tuple[Modality, ...]
+    contrastive: Contrastive | None = None
 
     @property
     def width(self) -> int:
@@ -167,13 +200,34 @@ def draft_schema(spec: CohortSpec, arrow: pa.Schema, widths: dict[str, int]) -> 
         raise UserError(f"spec: subject_id column {spec.subject_id!r} is not in the shards; they have {_some(arrow.names)}")
     _check_time(spec.timestamp, arrow)
     hidden = {c for c in arrow.names if any(fnmatchcase(c, pattern) for pattern in spec.outcomes)}
-    reserved = {spec.subject_id, spec.timestamp, *hidden}
+    contrastive = _draft_contrastive(spec, arrow)
+    labels = contrastive.columns if contrastive else []
+    reserved = {spec.subject_id, spec.timestamp, *hidden, *labels}
     modalities = tuple(_draft(name, m, arrow, widths, reserved) for name, m in spec.modalities.items())
     used = [c for m in modalities for c in m.columns]
     if twice := {c for c in used if used.count(c) > 1}:
         raise UserError(f"spec: columns {_some(sorted(twice))} belong to two modalities")
     subject_type = str(value_type(arrow.field(spec.subject_id).type))
-    return CohortSchema(subject_id=spec.subject_id, subject_type=subject_type, timestamp=spec.timestamp, modalities=modalities)
+    named = {"subject_id": spec.subject_id, "subject_type": subject_type, "timestamp": spec.timestamp}
+    return CohortSchema(**named, modalities=modalities, contrastive=contrastive)
+
+
+def _draft_contrastive(spec: CohortSpec, arrow: pa.Schema) -> Contrastive | None:
+    """Labels whose values are not settled yet. Raises UserError where one is no column of numbers or text."""
+    if spec.contrastive is None:
+        return None
+    labels = []
+    for column, label in spec.contrastive.labels.items():
+        if column not in arrow.names:
+            raise UserError(f"spec: contrastive.labels names {column!r}, which is not in the shards; they have {_some(arrow.names)}")
+        kind = arrow.field(column).type
+        inner = value_type(kind)
+        if is_list(storage_type(kind)) or not (is_text(inner) or is_number(inner)):
+            raise UserError(f"spec: contrastive.labels: column {column!r} is {kind}; expected numbers or text")
+        if label.soft and is_text(inner):
+            raise UserError(f"spec: contrastive.labels: column {column!r} is text, which has no near values; leave `soft` out")
+        labels.append(Label(column=column, text=is_text(inner), **label.model_dump()))
+    return Contrastive(labels=tuple(labels), **spec.contrastive.model_dump(exclude={"labels"}))
 
 
 def _check_time(column: str | None, arrow: pa.Schema) -> None:
@@ -255,7 +309,7 @@ def modality_columns(name: str, spec: ModalitySpec, arrow: pa.Schema, reserved: 
         what = f"column {absent[0]!r}" if absent else f"a column that starts with {spec.prefix!r}"
         raise UserError(f"spec: modalities.{name} needs {what}; the shards have {_some(arrow.names)}")
     if taken := [c for c in columns if c in reserved]:
-        raise UserError(f"spec: modalities.{name} may not use {taken[0]!r}: it is the subject id, the timestamp or an outcome")
+        raise UserError(f"spec: modalities.{name} may not use {taken[0]!r}: it is the subject id, the timestamp, an outcome or a label")
     for column in columns:
         kind = arrow.field(column).type
         if spec.form == "text":
@@ -304,7 +358,7 @@ def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType
 
 def is_output(column: str, names: Collection[str]) -> bool:
     """Whether imputation wrote a column: X is beside its X__upper. `limbs__upper` with no `limbs` is a feature."""
-    return any(column.endswith(s) and column.removesuffix(s) in names for s in OUTPUT_SUFFIXES)
+    return any(column.endswith(s) and column.removesuffix(s) in names for s in (*OUTPUT_SUFFIXES, PROBABILITY))
 
 
 def output_columns(schema: CohortSchema) -> list[str]:

@@ -47,6 +47,7 @@ class LossTerms(NamedTuple):
     hidden_BK: Tensor  # bool
     weight_EB: Tensor  # 1 where a member learns from a record, or is judged by it
     objective: Tensor | None = None  # scalar, minimised
+    contrast_E: Tensor | None = None  # weighted contrastive loss, mean over anchors (see contrastive.py)
 
     @property
     def elbo_ER(self) -> Tensor:

@@ -120,13 +120,17 @@ class MultiModalVAE(nn.Module):
         present_BK, shown_BK = (torch.stack([o.any(1) for o in masks], 1) for masks in (observed, shown))
         return Inputs(filled, z, target, list(observed), codes, present_BK, shown_BK)
 
-    def inference(self, codes: Sequence[Tensor], present_BK: Tensor) -> Normal:
-        """q(z0 | the modalities of `present_BK`), of every member; each counts as far as it can be believed."""
+    def inference(self, codes: Sequence[Tensor], present_BK: Tensor, shared: SharedEncoder | None = None) -> Normal:
+        """q(z0 | the modalities of `present_BK`), of every member; each counts as far as it can be believed.
+
+        shared: another encoder in the place of the model's own.
+        """
+        shared = shared or self.shared
         kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
         if self.reliability is None:
-            return self.shared(kept, present_BK)
+            return shared(kept, present_BK)
         weight_EBK = self.reliability(kept, present_BK)
-        return self.shared([c * weight_EBK[..., j, None] for j, c in enumerate(kept)], present_BK, weight_EBK)
+        return shared([c * weight_EBK[..., j, None] for j, c in enumerate(kept)], present_BK, weight_EBK)
 
     def believed(self, inputs: Inputs) -> list[Tensor]:
         """Masks of the observed values without those of modalities that are more noise than signal, K of (B, D_j)."""

@@ -1,0 +1,68 @@
+"""A head fitted to a model: classes of labelled records from z0, with the folds of the model's own members."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from mmimpute.data.labels import classes
+from mmimpute.data.split import fold
+from mmimpute.data.tensors import to_model
+from mmimpute.errors import UserError
+from mmimpute.heads import Target
+from mmimpute.model.head import Head, Labels, fit_full, fit_linear
+from mmimpute.registry import Model
+from mmimpute.spec import FinetuneSettings
+
+
+def check_targets(model: Model, settings: FinetuneSettings) -> None:
+    """Raises UserError where a target is an input of the model."""
+    for column in settings.target:
+        if column in model.schema.columns:
+            raise UserError(f"finetune: target {column!r} is an input of the model; leave it out of the spec's modalities, and fit again")
+
+
+def fit(
+    model: Model, x: np.ndarray, place: np.ndarray, beside: Mapping[str, np.ndarray], settings: FinetuneSettings
+) -> tuple[Head, tuple[Target, ...]]:
+    """x: labelled records, n x width; place: the hash of each subject; beside: the target columns as text.
+
+    Raises UserError as `labels.classes`.
+    """
+    vae, members = model.module.vae, model.module.config.members
+    found = [classes(beside[column], column) for column in settings.target]
+    classes_NT = torch.from_numpy(np.stack([index for _, index in found], 1))
+    fold_N = torch.from_numpy(fold(place, members))
+    labels = Labels.of(classes_NT, [len(levels) for levels, _ in found], fold_N, members, settings.class_weight == "balanced")
+    data = to_model(x, model.widths)
+    with torch.no_grad():
+        inputs = vae.inputs(*data)
+        z0_ENL = Head(members, vae.config.shared, ()).latents(vae, inputs.codes, inputs.present_BK)
+    head = fit_linear(z0_ENL, labels)
+    if settings.full:
+        head = fit_full(vae, head, inputs, labels, settings.epochs, settings.lr, settings.seed)
+    said = out_of_fold(head.members(vae, *data), fold_N)
+    columns = zip(settings.target, found, said, strict=True)
+    return head, tuple(_target(column, *known, p, fold_N.numpy() >= 0) for column, known, p in columns)
+
+
+def out_of_fold(members: list[Tensor], fold_N: Tensor) -> list[np.ndarray]:
+    """Probabilities by the member that has not seen a record, T of N x C; of records in no fold by the first."""
+    rows = torch.arange(len(fold_N))
+    return [p_ENC[fold_N.clamp_min(0), rows].numpy() for p_ENC in members]
+
+
+def _target(column: str, levels: tuple[str, ...], index: np.ndarray, p: np.ndarray, judged: np.ndarray) -> Target:
+    kept = judged & (index >= 0)
+    return Target(column=column, levels=levels, people=int((index >= 0).sum()), auroc=auroc(index[kept], p[kept]))
+
+
+def auroc(index: np.ndarray, p: np.ndarray) -> float | None:
+    """Mean over the classes that are there of each against the others; of two classes that of the second. None: there is one only."""
+    there = np.unique(index)
+    if len(there) < 2:
+        return None
+    each = [1] if p.shape[1] == 2 else there
+    return float(np.mean([roc_auc_score(index == c, p[:, c]) for c in each]))
