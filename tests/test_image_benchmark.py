@@ -1,11 +1,15 @@
 """The image benchmark's cohorts and scores, on scikit-learn's small digits in the place of MNIST."""
 
+import importlib
 import json
 import tomllib
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 
@@ -189,3 +193,23 @@ def test_judges_follow_from_the_seed(digits):
     first, again = (train_judge(x.values["m0"], x.labels, epochs=1) for _ in range(2))
     np.testing.assert_array_equal(first.features(x.values["m0"]), again.features(x.values["m0"]))
     assert first.features(x.values["m0"]).shape == (100, coherence.FEATURES)
+
+
+def test_answers_go_where_their_questions_were(tmp_path, monkeypatch):
+    """An enriched table in any order; every image is full of the number of its question and its view."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    script = importlib.import_module("images")
+    script.questions(tmp_path / "questions", np.zeros((3, 5, 3, 28, 28), np.uint8))
+    asked = pq.read_table(tmp_path / "questions").select(["subject_id", *(f"m{j}" for j in range(5))])
+    number = np.array([int(subject[0]) for subject in asked.column("subject_id").to_pylist()])
+    columns = {"subject_id": asked.column("subject_id")}
+    for j in range(5):
+        missing = asked.column(f"m{j}").is_null().to_numpy()
+        assert np.array_equal(missing, np.where(number < 5, number != j, number == 5 + j))
+        drawn = [[[10.0 * n + j] * 2352] if m else None for n, m in zip(number, missing, strict=True)]
+        columns[f"m{j}__draws"] = pa.array(drawn, pa.list_(pa.list_(pa.float32())))
+    order = np.random.default_rng(0).permutation(len(asked))
+    write_deltalake(str(tmp_path / "enriched"), pa.table(columns).take(pa.array(order)))
+    one, others = script.answers(tmp_path / "enriched", "draws", (3, 5, 3, 28, 28))
+    assert all((one[i, j] == 10 * i + j).all() for i in range(5) for j in range(5) if i != j)
+    assert all((others[j] == 10 * (5 + j) + j).all() for j in range(5))
