@@ -4,7 +4,8 @@
     python tests/benchmarks/images.py FOLDER OTHER/bin/python [--models MVTCAE ours] [--missing 0 0.5] [--records 5000] [--epochs 10]
 
 Keeps cohorts, classifiers and models in FOLDER, and adds to --out after each model: what stands there is not measured again. "real
-records" are others of the same digits: how well a perfect generator would score. Seconds per epoch are medians, of one thread.
+records" are others of the same digits: how well a perfect generator would score. Seconds per epoch are medians, of one thread
+each; compare them only where the machine did nothing else. What was measured so far: results/images.json.
 """
 
 import argparse
