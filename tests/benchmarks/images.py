@@ -1,11 +1,12 @@
-"""Images generated beside the MultiVae library's models, on five views of digits, at equal network size, records and epochs.
+"""Images generated beside the MultiVae library's models, on five views of digits, with the same convolutions, records, epochs.
 
     python -m venv OTHER && OTHER/bin/pip install multivae    # an environment of its own: it brings its own torch
     python tests/benchmarks/images.py FOLDER OTHER/bin/python [--models MVTCAE ours] [--missing 0 0.5] [--records 5000] [--epochs 10]
 
 Keeps cohorts, classifiers and models in FOLDER, and adds to --out after each model: what stands there is not measured again. "real
 records" are others of the same digits: how well a perfect generator would score. Seconds per epoch are medians, of one thread
-each; compare them only where the machine did nothing else. What was measured so far: results/images.json.
+each; compare them only where the machine did nothing else. Ours has encoders of z0 and of zj, and so twice the parameters, and the
+batch size that `mmimpute fit` chooses; its images are draws. results/images.json is of the default budget, one run each.
 """
 
 import argparse
