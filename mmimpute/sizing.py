@@ -17,5 +17,6 @@ def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> Mode
 def _modality(m: Modality) -> ModalityConfig:
     """One modality; every place of a text has the levels of its vocabulary and no token."""
     levels = tuple(len(m.chances) if m.form == "text" else len(f.levels) for f in m.features)
-    rest = {"hide": m.hide, "tails": m.tails, "noise": m.noise, "form": m.form, "shape": m.shape, "chances": m.chances}
+    rest = {"hide": m.hide, "tails": m.tails, "noise": m.noise, "decoder": m.decoder}
+    rest |= {"form": m.form, "shape": m.shape, "chances": m.chances}
     return ModalityConfig(m.name, tuple(f.kind for f in m.features), levels, **rest)

@@ -11,6 +11,7 @@ from mmimpute.errors import UserError
 Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
 SpecKind = Literal[Kind, "auto"]
 Tails = Literal["gaussian", "student"]
+Decoder = Literal["likelihood", "adversarial", "diffusion"]
 Form = Literal["vector", "image", "signal", "text"]
 Task = Literal["coherence", "quality", "likelihood", "probe", "retrieval"]
 LABELLED = ("coherence", "quality", "probe")  # tasks that need a label
@@ -47,6 +48,7 @@ class ModalitySpec(_Settings):
     noise: float = Field(
         0, ge=0, description="most noise expected in it, in standard deviations of each feature: how far to believe it is then learned"
     )
+    decoder: Decoder = Field("likelihood", description="how its draws are made")
     form: Form = Field(
         "vector",
         description="image: C x H x W of uint8; signal: T x C of numbers, both row-major in a list `column`; text: a string column",

@@ -20,8 +20,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mmimpute.denoising import fit_diffusion
 from mmimpute.model import stack as stacks
 from mmimpute.model.additive import Regression
+from mmimpute.model.diffusion import diffused
 from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
 from mmimpute.model.stack import GAP, WHOLE, Beliefs, Target
@@ -75,6 +77,8 @@ def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor]
         return data.imputer
     fit_gaussian(data)
     fit_additive(data)
+    if data.imputer.diffusion is not None:
+        fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
     fit_stack(data)
     return data.imputer
 
@@ -179,7 +183,7 @@ def fit_stack(data: Assembly) -> None:
             beliefs, target, masks = pieces
             stacks.fit(data.imputer.stack.modalities[j], mode, beliefs, target)
             residuals.append(_residuals(data, j, mode, beliefs, target, masks))
-            if mode == WHOLE and hasattr(data.imputer, f"colour_{j}"):
+            if mode == WHOLE and hasattr(data.imputer, f"colour_{j}") and j not in diffused(data.imputer.config):
                 _fit_colour(data, j, beliefs, target)
         if residuals:
             data.imputer.conformal.fit(j, *(torch.cat(parts) for parts in zip(*residuals, strict=True)))
@@ -259,7 +263,7 @@ def _fit_colour(data: Assembly, j: int, beliefs: Beliefs, target: Target) -> Non
     masks = data.hidden(rows, j)
     record = [(torch.where(m, x[rows], torch.nan), 1) for x, m in zip(data.x, masks, strict=True)]
     with torch.no_grad():
-        drawn_SRD = data.imputer.vae.impute(record, DRAWS, torch.Generator().manual_seed(SEED))[j]
+        drawn_SRD = data.imputer.vae.impute(record, DRAWS, torch.Generator().manual_seed(SEED), data.imputer.diffusion)[j]
         deviation_SRD = data.imputer.deviations(j, drawn_SRD, data.imputer.believe([x[rows] for x in data.x], masks, j))
     deviation = (deviation_SRD.clamp(-5, 5) * target.real_D).flatten(0, 1)
     vae_DD = deviation.T @ deviation / len(deviation) + torch.diag((~target.real_D).float())

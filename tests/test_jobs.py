@@ -4,6 +4,7 @@ import numpy as np
 import obstore
 import pyarrow as pa
 import pytest
+import torch
 from deltalake import DeltaTable
 
 from mmimpute import jobs, planning, population, registry, retraining
@@ -184,12 +185,17 @@ def test_generate_writes_marked_records_of_the_cohorts_types(cohort, bucket_url)
     assert fetch_table(f"{bucket_url}/again", "synthetic-3-00000.parquet").equals(made)
 
 
-def test_records_that_do_not_fit_into_memory_are_streamed(tmp_path, spec_file):
+def test_records_that_do_not_fit_into_memory_are_streamed_to_any_decoder(tmp_path, spec_file):
+    text = SPEC.replace('column = "labs"', 'column = "labs"\ndecoder = "diffusion"')
+    spec_file.write_text(text.replace('column = "rna"', 'column = "rna"\ndecoder = "adversarial"'))
     write_cohort(str(tmp_path / "shards"), rows=300, shards=2, seed=4)
     found = planning.survey(str(tmp_path / "shards"), read_spec(spec_file))
     settings = FitSettings(epochs=2, batch_size=32, workers=1, cache_share=0.0)
     fitted = jobs.fit_model(found, str(tmp_path / "model"), settings, CLUSTER)
     assert len(registry.read_record(fitted["model"], "history")) == 2
+    model = registry.load(fitted["model"])
+    assert [m.decoder for m in model.file.cohort.modalities] == ["diffusion", "adversarial", "likelihood"]
+    assert all(torch.isfinite(t).all() for t in model.module.generate(50, torch.Generator().manual_seed(0)))
 
 
 def test_shards_that_spell_their_types_differently_are_read_together(tmp_path, spec_file, small_cohort):

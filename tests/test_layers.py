@@ -22,6 +22,7 @@ LAYERS = [
     (
         "mmimpute.training",
         "mmimpute.stacking",
+        "mmimpute.denoising",
         "mmimpute.imputing",
         "mmimpute.metrics",
         "mmimpute.exporting",

@@ -59,10 +59,11 @@ def test_a_column_belongs_to_a_prefix_if_most_shards_have_it(tmp_path):
 
 def test_what_the_spec_says_of_a_modality_reaches_the_model(tmp_path):
     publish_table(str(tmp_path), "0.parquet", pa.table({"subject_id": [1], "a__x": [1.0], "b__x": [2.0]}))
-    chosen = ModalitySpec(prefix="a__", kinds="real", hide=0.3, tails="gaussian")
+    chosen = ModalitySpec(prefix="a__", kinds="real", hide=0.3, tails="gaussian", decoder="diffusion")
     spec = CohortSpec(modalities={"a": chosen, "b": ModalitySpec(prefix="b__", kinds="real")})
     config = model_config(planning.survey(str(tmp_path), spec).schema, 600, FitSettings())
-    assert [(m.hide, m.tails) for m in config.modalities] == [(0.3, "gaussian"), (0.5, "student")]
+    found = [(m.hide, m.tails, m.decoder) for m in config.modalities]
+    assert found == [(0.3, "gaussian", "diffusion"), (0.5, "student", "likelihood")]
 
 
 def test_the_event_time_is_a_date_in_the_shards(tmp_path):

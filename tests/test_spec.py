@@ -17,6 +17,7 @@ WRONG = {
     "repeated features": (MODALITY + 'features = ["a", "a"]\n', "not unique"),
     "never hidden": (MODALITY + "hide = 0.0\n", "modalities.labs.hide"),
     "unknown tails": (MODALITY + 'tails = "heavy"\n', "modalities.labs.tails: Input should be 'gaussian' or 'student'"),
+    "unknown decoder": (MODALITY + 'decoder = "gan"\n', "labs.decoder: Input should be 'likelihood', 'adversarial' or 'diffusion'"),
     "name with a divider": ('[modalities."a__b"]\nprefix = "a__"\n', "has no '__' in it"),
     "contrast on nothing": (MODALITY + '[contrastive]\nlabels = {a = 1}\non = "rna"\n', "contrastive.on names 'rna'; valid are z0 and"),
     "contrast by nothing": (MODALITY + "[contrastive]\nlabels = {}\n", "contrastive.labels"),

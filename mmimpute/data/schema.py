@@ -14,7 +14,7 @@ import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmimpute.errors import DataError, UserError
-from mmimpute.spec import SHAPES, CohortSpec, Form, ModalitySpec, SpecKind, Tails
+from mmimpute.spec import SHAPES, CohortSpec, Decoder, Form, ModalitySpec, SpecKind, Tails
 
 OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
 PROBABILITY = "__probability"  # of a head's classes
@@ -51,6 +51,7 @@ class Modality(_Frozen):
     hide: float
     tails: Tails
     noise: float = 0
+    decoder: Decoder = "likelihood"
     form: Form = "vector"
     shape: tuple[int, ...] = ()
     vocabulary: tuple[str, ...] = Field((), description="of a text, the most frequent token first")
@@ -270,7 +271,7 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
         raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
     features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
     layout = "list" if spec.column else "scalars"
-    rest = spec.model_dump(include={"impute", "hide", "tails", "noise"})
+    rest = spec.model_dump(include={"impute", "hide", "tails", "noise", "decoder"})
     return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, **rest)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
 TAILS = ("gaussian", "student")
 FORMS = {"vector": 0, "image": 3, "signal": 2, "text": 1}  # and the dimensions of their shape
+DECODERS = ("likelihood", "adversarial", "diffusion")
 
 
 def _check_keys(cls: type, found: Mapping[str, Any]) -> None:
@@ -28,6 +29,7 @@ class ModalityConfig:
     hide: float = 0.5  # how readily training hides it, relative to the other modalities
     tails: str = "student"  # of p(xj | zj, z0) of real features; see likelihoods.py
     noise: float = 0.0  # most noise that is expected in it, in sds of each feature; see reliability.py
+    decoder: str = "likelihood"  # how draws are made; see adversarial.py and diffusion.py
     form: str = "vector"  # images, signals and texts have networks of their own and are the VAE's alone; see forms.py, text.py
     shape: tuple[int, ...] = ()  # image: C, H, W; signal: T, C; its values are row-major; text: T tokens, as ids of which 0 is none
     chances: tuple[float, ...] = ()  # text: share of each level among all tokens of the training texts
@@ -50,6 +52,8 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: noise is {self.noise}, expected 0 or more")
         if self.tails not in TAILS:
             raise ValueError(f"modality {self.name!r}: unknown tails {self.tails!r}; valid ones are {list(TAILS)}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"modality {self.name!r}: unknown decoder {self.decoder!r}; valid ones are {list(DECODERS)}")
         self._check_form()
 
     def _check_form(self) -> None:

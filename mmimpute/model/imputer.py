@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmimpute.model.additive import Additive
 from mmimpute.model.config import ModelConfig
+from mmimpute.model.diffusion import Diffusion, diffused
 from mmimpute.model.gaussian import Gaussian, kept_components
 from mmimpute.model.likelihoods import Heads
 from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
@@ -62,6 +63,7 @@ class Imputer(nn.Module):
         self.additive = Additive(vae.config, vae.code, self.gaussian.components)
         self.stack = Stack(vae.config)
         self.conformal = Conformal(vae.config)
+        self.diffusion = Diffusion(vae.config, vae.private, vae.likelihoods) if diffused(vae.config) else None
         for j, m in enumerate(vae.config.modalities):
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             if m.width <= WIDE and not m.structured:
@@ -101,6 +103,7 @@ class Imputer(nn.Module):
             return self
         shared = {f"vae.{name}" for name in self.vae.shared_names()} | {"conformal.many_K"}
         shared |= {name for name in self.state_dict() if name.startswith("colour_")}
+        shared |= {f"diffusion.{name}" for name in self.diffusion.shared_names()} if self.diffusion is not None else set()
         state = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
         return Imputer.from_state(dataclasses.replace(self.config, members=1), state).to(self.device)
 
@@ -218,11 +221,12 @@ class Imputer(nn.Module):
         Returns K tensors, N x D_j (draws=None: one draw) or draws x N x D_j. Observed values are copied to the bit; what
         is missing is drawn jointly by the VAE, and each draw put where the stack's mean and deviation say. The dependence
         is the VAE's, recoloured where a whole modality is missing: on average it has the correlations of out-of-fold errors.
+        Whole modalities that diffusion draws stay as they are drawn: the VAE's moments are not theirs.
         """
         x, observed = self.vae.read(record)
-        completed = self.vae.impute(record, 1 if draws is None else draws, generator)
+        completed = self.vae.impute(record, 1 if draws is None else draws, generator, self.diffusion)
         for j, mode, rows, _, beliefs in self._incomplete(self._conditioned(x, observed)):
-            if beliefs is None:
+            if beliefs is None or (mode == WHOLE and j in diffused(self.config)):
                 continue
             moved_SRD = self._moved(j, mode, completed[j][:, rows], beliefs, generator).to(x[j].dtype)
             kept_SRD = torch.where(observed[j][rows], completed[j][:, rows], moved_SRD)
@@ -253,4 +257,4 @@ class Imputer(nn.Module):
 
     def generate(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0): K tensors n x D_j in original units."""
-        return self.vae.generate(n, generator)
+        return self.vae.generate(n, generator, self.diffusion)

@@ -165,7 +165,8 @@ class Likelihoods(nn.Module):
             cuts_E1FM = torch.cat([cuts_E1FM, cuts_E1FM + fn.softplus(self.gaps_E1FM).cumsum(-1)], -1)
         return torch.where(self.unused_cuts_FM, cuts_E1FM.detach().clamp_min(2 * FAR), cuts_E1FM)
 
-    def _join(self, parts: list[Tensor]) -> Tensor:
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Values by kind, (..., F) each, in the order of the features."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1).index_select(-1, self.inverse_D)
 
     def _of_kind(self, x: Tensor, kind: str) -> Tensor:
@@ -187,7 +188,7 @@ class Likelihoods(nn.Module):
                 shape = torch.broadcast_shapes(level.shape, head.shape[:-1])
                 head = head.expand(*shape, head.shape[-1])
                 parts.append(head.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1))
-        return self._join(parts)
+        return self.join(parts)
 
     def _real_log_prob(self, x: Tensor, head: Tensor) -> Tensor:
         if self.student:
@@ -231,19 +232,23 @@ class Likelihoods(nn.Module):
         for kind in self.kinds:
             head = heads[kind]
             if kind == "real":
-                parts.append(head[..., 0] + head[..., 1].exp() * self._noise(head[..., 0], generator))
+                parts.append(head[..., 0] + head[..., 1].exp() * self.noise(head[..., 0], generator))
             elif kind == "binary":
                 chance = torch.rand(head.shape[:-1], generator=generator, device=head.device)
                 parts.append((chance < torch.sigmoid(head[..., 0])).float())
             elif kind == "count":
-                rate = torch._standard_gamma(head[..., 1].exp(), generator=generator)
-                parts.append(torch.poisson(rate * torch.exp(head[..., 0] - head[..., 1]), generator=generator))
+                parts.append(self.counts_of(head, generator))
             else:
                 level = torch.multinomial(head.exp().flatten(0, -2), 1, generator=generator)
                 parts.append(level.view(head.shape[:-1]).float())
-        return self._original(self._join(parts), standardise)
+        return self._original(self.join(parts), standardise)
 
-    def _noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    def counts_of(self, head: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draws of the count features."""
+        rate = torch._standard_gamma(head[..., 1].exp(), generator=generator)
+        return torch.poisson(rate * torch.exp(head[..., 0] - head[..., 1]), generator=generator)
+
+    def noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Of variance 1, with the tails of the real features."""
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         if not self.student:
@@ -265,7 +270,7 @@ class Likelihoods(nn.Module):
         """Mean and standard deviation of the mixture over the leading S and E, (B, D) in original units. A categorical
         feature has its mode as `mean` and sqrt(1 - sum p^2) as `std`."""
         found = [self._moments(kind, heads[kind].flatten(0, 1), standardise) for kind in self.kinds]
-        mean, std = (self._join(list(parts)) for parts in zip(*found, strict=True))
+        mean, std = (self.join(list(parts)) for parts in zip(*found, strict=True))
         return mean.clamp(0, WHITE) if self.image else mean, std
 
     def _moments(self, kind: str, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
@@ -299,7 +304,7 @@ class Likelihoods(nn.Module):
                 location = torch.logit(torch.sigmoid(head[..., 0]).mean(0), 1e-6)
             locations.append(location)
             scales.append(scale)
-        return self._join(locations), self._join(scales)
+        return self.join(locations), self.join(scales)
 
     def _real_moments(self, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
         mean_SBF, sd_SBF = head[..., 0], head[..., 1].exp()

@@ -46,6 +46,7 @@ class LossTerms(NamedTuple):
     observed_BK: Tensor  # bool
     hidden_BK: Tensor  # bool
     weight_EB: Tensor  # 1 where a member learns from a record, or is judged by it
+    adversarial_EBK: Tensor  # of the modalities with this decoder, see adversarial.py
     objective: Tensor | None = None  # scalar, minimised
     contrast_E: Tensor | None = None  # weighted contrastive loss, mean over anchors (see contrastive.py)
 

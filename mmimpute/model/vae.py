@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmimpute.model.adversarial import Discriminator, judged_modalities
 from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.model.diffusion import Diffusion
 from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
 from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
@@ -88,6 +90,7 @@ class MultiModalVAE(nn.Module):
         self.private = nn.ModuleList(
             Private(config, m, c.width, p.size) for m, c, p in zip(config.modalities, self.code, self.likelihoods, strict=True)
         )
+        self.judges = nn.ModuleDict({str(j): Discriminator(config, config.modalities[j]) for j in judged_modalities(config)})
         self.register_buffer("hide_K", torch.tensor([m.hide for m in config.modalities]), persistent=False)
         for j, m in enumerate(config.modalities):
             real_D = torch.tensor([k == "real" for k in m.kinds])
@@ -151,7 +154,7 @@ class MultiModalVAE(nn.Module):
     ) -> LossTerms:
         """Both terms on one batch. `weight_EB`: 1 where a member learns from a record, 0 where it does not.
 
-        `elbo_scale` is for warm-up; noise comes from `generator` or torch's default. In training L_elbo, which is
+        `elbo_scale` is for warm-up, of the adversaries too; noise comes from `generator` or torch's default. In training L_elbo, which is
         most of the work and little of the objective, is estimated on the first `elbo_share` of the batch.
         """
         shown = keep_values(observed, self.config.drop_values, generator) if self.training and self.config.drop_values else observed
@@ -172,11 +175,19 @@ class MultiModalVAE(nn.Module):
             rows_H = hidden_BK[:, j].nonzero().squeeze(1)
             # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
             z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
-            columns.append(self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, generator))
-        reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
+            columns.append(self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, elbo_scale, generator))
+        reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK, adversarial_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
         terms = LossTerms(
-            reconstruction_ERK, private_kl_ERK, kl(q_all, prior), impute_EBK, score_EBK, inputs.present_BK, hidden_BK, weight_EB
+            reconstruction_ERK,
+            private_kl_ERK,
+            kl(q_all, prior),
+            impute_EBK,
+            score_EBK,
+            inputs.present_BK,
+            hidden_BK,
+            weight_EB,
+            adversarial_EBK,
         )
         return terms._replace(objective=self._objective(terms, inputs, elbo_scale) + noise_loss)
 
@@ -195,9 +206,16 @@ class MultiModalVAE(nn.Module):
         return dataclasses.replace(inputs, codes=codes), self.reliability.loss(kept, present_BK, signal_BK, weight_EB)
 
     def _terms(
-        self, j: int, inputs: Inputs, z0_ERL: Tensor, z0_SEHL: Tensor, rows_H: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Modality j: reconstruction, private KL (E, R); imputation and its score (E, B).
+        self,
+        j: int,
+        inputs: Inputs,
+        z0_ERL: Tensor,
+        z0_SEHL: Tensor,
+        rows_H: Tensor,
+        warmth: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Modality j: reconstruction, private KL (E, R); imputation, its score and what the adversary makes of it (E, B).
 
         One pass through the decoder serves both terms: R rows to reconstruct, S x H rows to impute.
         """
@@ -218,13 +236,27 @@ class MultiModalVAE(nn.Module):
         heads = likelihood.heads(raw_H.unflatten(1, (draws, rows)).transpose(0, 1))
         weight = 0.0 if self.config.modalities[j].structured else self.config.pair_weight  # of pixels L_elbo does it, and cheaper
         score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], weight, generator)
+        adversarial_EH = self._adversary(j, heads, inputs, z0_SEHL[0], rows_H, warmth, generator)
         zero_EB = z0_ERL.new_zeros(members, batch)
         return (
             (log_prob_ERD * seen_RD).sum(-1),
             kl(posterior_R, prior_R) * inputs.present_BK[:some, j],
             zero_EB.index_add(1, rows_H, impute_EH),
             zero_EB.index_add(1, rows_H, score_EH),
+            zero_EB.index_add(1, rows_H, adversarial_EH),
         )
+
+    def _adversary(
+        self, j: int, heads: Heads, inputs: Inputs, z0_EHL: Tensor, rows_H: Tensor, warmth: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Losses of discriminator and decoder over hidden rows, (E, H): of the first draw; 0 with other decoders, and outside training."""
+        if not self.training or str(j) not in self.judges:
+            return z0_EHL.new_zeros(z0_EHL.shape[:2])
+        judge, seen_HD = self.judges[str(j)], inputs.observed[j][rows_H]
+        first = {kind: head[0] for kind, head in heads.items()}
+        drawn_EHV = judge.drawn(self.likelihoods[j], first, self.standardise[j], seen_HD, generator)
+        real_HV = judge.real(inputs.z[j][rows_H], inputs.filled[j][rows_H], seen_HD)
+        return judge.loss(real_HV, drawn_EHV, seen_HD, z0_EHL, warmth)
 
     def _hidden_terms(
         self,
@@ -252,7 +284,7 @@ class MultiModalVAE(nn.Module):
         observed_R = torch.stack([o[: weight_ER.shape[1]].sum(1) for o in inputs.observed]).sum(0)
         values_E = (weight_ER * observed_R).sum(1).clamp_min(1)
         hidden_E = (terms.weight_EB * terms.hidden_BK.sum(1)).sum(1).clamp_min(1)
-        imputation_E = (terms.weight_EB * terms.score_EBK.sum(2)).sum(1) / hidden_E
+        imputation_E = (terms.weight_EB * (terms.score_EBK + terms.adversarial_EBK).sum(2)).sum(1) / hidden_E
         elbo_E = (weight_ER * terms.elbo_ER).sum(1) / values_E
         return (imputation_E - self.config.elbo_weight * elbo_scale * elbo_E).sum()
 
@@ -271,6 +303,17 @@ class MultiModalVAE(nn.Module):
         some_B = inputs.present_BK.any(1)
         q0 = self.inference(inputs.codes, inputs.present_BK)
         return moments(Normal(q0.mean[:, some_B], q0.var[:, some_B]))
+
+    def evidence(self, inputs: Inputs) -> Tensor:
+        """What every member's encoders say of the values that are shown, E x B x C: the means of q(z0 | x) and of
+        q(zj | z0, xj) there, and which modalities they are of."""
+        q0 = self.inference(inputs.codes, inputs.shown_BK)
+        shown_BK = inputs.shown_BK.to(q0.mean.dtype)
+        own = [
+            private.q(q0.mean, private.p(q0.mean), code, shown_BK[:, j]).mean * shown_BK[:, j, None]
+            for j, (private, code) in enumerate(zip(self.private, inputs.codes, strict=True))
+        ]
+        return torch.cat([q0.mean, *own, shown_BK.expand(len(q0.mean), -1, -1)], -1)
 
     # -- use ------------------------------------------------------------------------------------------------------
 
@@ -348,37 +391,57 @@ class MultiModalVAE(nn.Module):
 
     @torch.no_grad()
     def impute(
-        self, record: Sequence[tuple[Tensor | None, int]], draws: int | None = None, generator: torch.Generator | None = None
+        self,
+        record: Sequence[tuple[Tensor | None, int]],
+        draws: int | None = None,
+        generator: torch.Generator | None = None,
+        diffusion: Diffusion | None = None,
     ) -> list[Tensor]:
         """Complete records. `record` holds K pairs: (N x D_j tensor, 1) or (anything, 0).
 
         Returns K tensors, N x D_j (draws=None: one draw) or draws x N x D_j. Observed values are copied to the bit;
-        what is missing, NaN inside an observed modality included, is drawn jointly: one member, z0 and zj per draw.
+        what is missing, NaN inside an observed modality included, is drawn jointly: one member, z0 and zj per draw,
+        by `diffusion` if given.
         """
         x, observed = self.read(record)
         shares = [len(s) for s in torch.arange(1 if draws is None else draws).tensor_split(self.config.members)]
-        drawn = [self._draw(e, x, observed, share, generator) for e, share in enumerate(shares) if share]
+        drawn = [self._draw(e, x, observed, share, generator, diffusion) for e, share in enumerate(shares) if share]
         completed = [
             torch.where(seen_BD, x_BD, torch.cat(d)) for x_BD, seen_BD, d in zip(x, observed, zip(*drawn, strict=True), strict=True)
         ]
         return [c[0] for c in completed] if draws is None else completed
 
     def _draw(
-        self, index: int, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int, generator: torch.Generator | None
+        self,
+        index: int,
+        x: Sequence[Tensor],
+        observed: Sequence[Tensor],
+        draws: int,
+        generator: torch.Generator | None,
+        diffusion: Diffusion | None,
     ) -> list[Tensor]:
         """draws x N x D_j of one member."""
         model = self.member(index)
         inputs = model.inputs(x, observed)
-        z0_SEBL, _ = model._shared(inputs, self._noise((draws, 1, x[0].shape[0], self.config.shared), generator))
+        if diffusion is None:
+            z0_SEBL, _ = model._shared(inputs, self._noise((draws, 1, x[0].shape[0], self.config.shared), generator))
+        else:
+            diffusion = diffusion.member(index, model.private, model.likelihoods)
+            z0_SEBL, *own = diffusion.sample(model.evidence(inputs), draws, generator)
         drawn = []
         for j, private in enumerate(model.private):
             rows = (~observed[j]).any(1).nonzero().squeeze(1)  # what nothing is missing of need not be decoded
             noise_SEBL = self._noise((*z0_SEBL.shape[:3], private.own), generator)
             drawn.append(x[j].new_zeros(draws, *x[j].shape))
-            if len(rows):
-                heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SEBL[:, :, rows], rows)
-                some_SBD = model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0]
-                drawn[-1][:, rows] = some_SBD.to(x[j].dtype)
+            if not len(rows):
+                continue
+            heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SEBL[:, :, rows], rows)
+            some_SRD = model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0].to(x[j].dtype)
+            if diffusion is not None and j in diffusion.chosen:
+                at = diffusion.chosen.index(j)
+                whole_SRD = diffusion.decoded(at, z0_SEBL[:, :, rows], own[at][:, :, rows], model.standardise[j], generator)[:, 0]
+                some_SRD = torch.where(inputs.present_BK[rows, j, None], some_SRD, whole_SRD.to(x[j].dtype))
+            drawn[-1][:, rows] = some_SRD
         return drawn
 
     def read(self, record: Sequence[tuple[Tensor | None, int]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -397,10 +460,9 @@ class MultiModalVAE(nn.Module):
         return x, observed
 
     @torch.no_grad()
-    def generate(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0): K tensors n x D_j in original units."""
+    def generate(self, n: int, generator: torch.Generator | None = None, diffusion: Diffusion | None = None) -> list[Tensor]:
+        """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0), or latents of `diffusion`: K tensors n x D_j in original units."""
         shares = [len(s) for s in torch.arange(n).tensor_split(self.config.members)]
-        parts = [
-            self.member(e).impute([(torch.empty(share, 0), 0)] * len(self.private), generator=generator) for e, share in enumerate(shares)
-        ]
-        return [torch.cat(p) for p in zip(*parts, strict=True)]
+        nothing = [self.read([(torch.empty(share, 0), 0)] * len(self.private)) for share in shares]
+        parts = [self._draw(e, *record, 1, generator, diffusion) for e, record in enumerate(nothing)]
+        return [torch.cat(p, 1)[0] for p in zip(*parts, strict=True)]

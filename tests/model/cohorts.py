@@ -56,14 +56,19 @@ def linked(x: list[Tensor], seed: int = 0, noise: float = 0.5) -> list[Tensor]:
     return [v.sort(0).values.gather(0, rank) for v, rank in zip(x, ranks, strict=True)]
 
 
-def mixed_model(seed: int = 0, members: int = 1) -> MultiModalVAE:
+def decoded(config: ModelConfig, decoder: str) -> ModelConfig:
+    """The same with this decoder for every modality."""
+    return dataclasses.replace(config, modalities=tuple(dataclasses.replace(m, decoder=decoder) for m in config.modalities))
+
+
+def mixed_model(seed: int = 0, members: int = 1, decoder: str = "likelihood") -> MultiModalVAE:
     """An untrained model of every kind, with weights that are not at their symmetric start."""
     torch.manual_seed(seed)
     values = mixed_values(500)
     fitted = {
         m.name: statistics(v.numpy(), m.kinds, log=(6,) if m is MIXED else ()) for m, v in zip(CONFIG.modalities, values, strict=True)
     }
-    model = MultiModalVAE(dataclasses.replace(CONFIG, members=members), fitted).eval()
+    model = MultiModalVAE(dataclasses.replace(decoded(CONFIG, decoder), members=members), fitted).eval()
     with torch.no_grad():
         for private in model.private:
             private.curved.weight.normal_(0, 0.1)
@@ -111,21 +116,29 @@ def everything(x: list[Tensor]) -> list[Tensor]:
     return [torch.ones_like(t, dtype=torch.bool) for t in x]
 
 
-def fit_linear_gaussian(x: list[Tensor], observed: list[Tensor] | None = None, epochs: int = 10) -> Imputer:
+def fit_linear_gaussian(
+    x: list[Tensor], observed: list[Tensor] | None = None, epochs: int = 10, decoder: str = "likelihood", members: int = 5
+) -> Imputer:
     """The whole model, small: some ten seconds for 4,800 records."""
     observed = everything(x) if observed is None else observed
-    return assemble(fit_linear_vae(x, observed, epochs), x, observed, torch.arange(len(x[0])) % 5)
+    return assemble(fit_linear_vae(x, observed, epochs, decoder, members), x, observed, folds(len(x[0]), members))
 
 
-def fit_linear_vae(x: list[Tensor], observed: list[Tensor], epochs: int) -> MultiModalVAE:
-    """Its VAE alone: record i is in fold i % 5."""
+def folds(rows: int, members: int) -> Tensor:
+    """Record i is in fold i % 5, if there is a member for it."""
+    fold_N = torch.arange(rows) % 5
+    return torch.where(fold_N < members, fold_N, -1)
+
+
+def fit_linear_vae(x: list[Tensor], observed: list[Tensor], epochs: int, decoder: str = "likelihood", members: int = 5) -> MultiModalVAE:
+    """Its VAE alone."""
     torch.manual_seed(0)
     rows = len(x[0])
     modalities = tuple(ModalityConfig(n, ("real",) * t.shape[1]) for n, t in zip("abc", x, strict=True))
     sizes = {"shared": 8, "hidden": 64, "decoder": 32, "dropout": 0.0, "drop_values": 0.0, "elbo_weight": 0.5, "elbo_share": 1.0}
-    config = ModelConfig(modalities, members=5, impute_draws=8, **sizes)
+    config = decoded(ModelConfig(modalities, members=members, impute_draws=8, **sizes), decoder)
     vae = MultiModalVAE(config, {m.name: statistics(t[~t.isnan().any(1)].numpy(), m.kinds) for m, t in zip(modalities, x, strict=True)})
-    fold = torch.arange(rows) % 5
+    fold = folds(rows, members)
     plan = schedule(rows, batch=64, epochs=epochs)
     return fit_in_memory(vae, (x, observed), fold, OptimiserSettings(lr=6e-3), plan).model
 

@@ -194,6 +194,13 @@ def test_config_and_state_round_trip():
         assert torch.equal(a, b)
 
 
+def test_a_config_written_before_there_were_decoders_has_the_likelihood():
+    found = dataclasses.asdict(CONFIG)
+    for modality in found["modalities"]:
+        assert modality.pop("decoder") == "likelihood"
+    assert ModelConfig.from_dict(found) == CONFIG
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -202,6 +209,7 @@ def test_config_and_state_round_trip():
         (lambda: ModalityConfig("m", ("ordinal",)), "at least 2 levels"),
         (lambda: ModalityConfig("m", ("real",), hide=0.0), "expected a value in"),
         (lambda: ModalityConfig("m", ("real",), tails="cauchy"), "unknown tails 'cauchy'; valid ones are"),
+        (lambda: ModalityConfig("m", ("real",), decoder="gan"), "unknown decoder 'gan'; valid ones are"),
         (lambda: ModelConfig(()), "at least one modality"),
         (lambda: ModelConfig.from_dict({"modalities": [], "hiden": 3}), "valid keys are"),
         (lambda: mixed_model().impute([(None, 0)]), "3 modalities, found 1"),

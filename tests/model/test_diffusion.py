@@ -1,0 +1,222 @@
+"""decoder = "diffusion": the sampler in closed form, what it is conditioned on, and cohorts whose truth is known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from cohorts import LinearGaussian, fit_linear_gaussian, linked, masks, mixed_model, mixed_values
+
+from mmimpute import denoising
+from mmimpute.model import Imputer, ModelConfig
+from mmimpute.model.diffusion import Diffusion
+from mmimpute.stacking import assemble
+
+MEMBERS, ROWS = 2, 80
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def untrained(members: int = MEMBERS) -> Diffusion:
+    vae = mixed_model(members=members, decoder="diffusion")
+    diffusion = Diffusion(vae.config, vae.private, vae.likelihoods).eval()
+    for scale in diffusion.scales:
+        width = scale.mean_EL.shape[1]
+        root = torch.tril(0.2 * torch.randn(members, width, width)) + torch.eye(width)
+        scale.mean_EL.normal_()
+        scale.root_ELL.copy_(root)
+    return diffusion
+
+
+# -- closed forms -------------------------------------------------------------------------------------------------------
+
+
+def test_whitening_is_undone_by_colouring():
+    diffusion = untrained()
+    latents = [torch.randn(MEMBERS, 7, size) for size in diffusion.sizes]
+    for a, b in zip(diffusion.colour(diffusion.whiten(latents)), latents, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_denoiser_that_knows_nothing_draws_the_gaussian_of_the_moments():
+    """Its network says 0, which for N(0, 1) is the exact answer at every noise level: so the sampler must end at the moments."""
+    diffusion = untrained(members=1)
+    evidence = torch.zeros(1, 4000, diffusion.denoiser.first.weight.shape[1] - sum(diffusion.sizes) - len(diffusion.chosen))
+    for scale, drawn_SEBL in zip(diffusion.scales, diffusion.sample(evidence, 2, seeded()), strict=True):
+        drawn, root = drawn_SEBL.flatten(0, 2), scale.root_ELL[0]
+        assert drawn_SEBL.shape[:3] == (2, 1, 4000)
+        torch.testing.assert_close(drawn.mean(0), scale.mean_EL[0], atol=0.1, rtol=0)
+        torch.testing.assert_close(drawn.T.cov(), root @ root.T, atol=0.12, rtol=0.05)
+
+
+def test_the_loss_of_a_denoiser_that_knows_nothing_is_1():
+    diffusion = untrained(members=1)
+    clean = torch.randn(1, 20_000, sum(diffusion.sizes))
+    evidence = clean.new_zeros(1, 20_000, diffusion.denoiser.first.weight.shape[1] - clean.shape[2] - len(diffusion.chosen))
+    loss = diffusion.loss(clean, evidence, torch.rand(20_000, len(diffusion.chosen)) < 0.5)
+    assert loss.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_latents_that_a_record_does_not_have_change_nothing():
+    diffusion = untrained()
+    torch.nn.init.normal_(diffusion.denoiser.last.weight)
+    known = torch.tensor([[True, False, True]]).expand(ROWS, 3)
+    clean = torch.randn(MEMBERS, ROWS, sum(diffusion.sizes))
+    spoiled = [t + 9 if at == 2 else t for at, t in enumerate(clean.split(diffusion.sizes, -1))]
+    evidence = torch.randn(MEMBERS, ROWS, diffusion.denoiser.first.weight.shape[1] - clean.shape[2] - 3)
+    losses = []
+    for latents in (clean, torch.cat(spoiled, -1)):
+        torch.manual_seed(0)
+        losses.append(diffusion.loss(latents, evidence, known))
+    assert torch.equal(*losses)
+
+
+# -- the whole model's contract -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Every kind; few steps."""
+    torch.set_num_threads(1)
+    x = linked(mixed_values(ROWS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "MOST_STEPS", 20)
+        return assemble(mixed_model(members=MEMBERS, decoder="diffusion"), x, masks(x), torch.arange(ROWS) % MEMBERS)
+
+
+@pytest.fixture
+def record():
+    x = mixed_values(30, seed=5)
+    for v, o in zip(x, masks(x, seed=5), strict=True):
+        v[~o] = torch.nan
+    return [(v, 1) for v in x]
+
+
+def test_draws_copy_what_is_observed_and_respect_the_supports(model, record):
+    drawn = model.impute(record, 5, seeded())
+    for (v, _), d, m in zip(record, drawn, model.config.modalities, strict=True):
+        known = ~torch.isnan(v)
+        assert d.shape == (5, *v.shape) and torch.isfinite(d).all() and (d[:, known] == v[known]).all()
+        for i, (kind, levels) in enumerate(zip(m.kinds, m.levels, strict=True)):
+            if kind != "real":
+                assert (d[..., i] == d[..., i].round()).all() and d[..., i].min() >= 0
+            if levels or kind == "binary":
+                assert d[..., i].max() <= (levels or 2) - 1
+
+
+def test_draws_repeat_with_the_seed(model, record):
+    first, second, other = (model.impute(record, 3, seeded(s)) for s in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_predictions_do_not_know_of_it(model, record):
+    x, observed = model.vae.read(record)
+    with_it = model.predict(x, observed, 0.9)
+    plain = Imputer.from_state(model.config, model.state_dict())
+    plain.diffusion = None
+    without = plain.predict(x, observed, 0.9)
+    for name in ("mean", "std", "lower", "upper"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(with_it, name), getattr(without, name), strict=True))
+
+
+def test_the_state_is_the_whole_model_and_a_member_draws_as_it_does_in_the_ensemble(model, record):
+    config = ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(model.config))))
+    again = Imputer.from_state(config, {name: t.clone() for name, t in model.state_dict().items()})
+    for a, b in zip(model.impute(record, 4, seeded()), again.impute(record, 4, seeded()), strict=True):
+        assert torch.equal(a, b)
+    first = model.vae.impute(record, 1, seeded(), model.diffusion)  # one draw is the first member's
+    alone = model.member(0)
+    for a, b in zip(first, alone.vae.impute(record, 1, seeded(), alone.diffusion), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# -- cohorts whose truth is known ---------------------------------------------------------------------------------------
+
+
+def test_draws_have_the_conditional_mean_and_covariance(linear):
+    """Without the stack's help; not as near as draws that it moves."""
+    truth, model, x = linear
+    drawn = model.impute([(x[0], 1), (x[1], 1), (None, 0)], draws=100, generator=seeded())[2].numpy()
+    found = np.mean([np.cov(drawn[:, i].T) for i in range(drawn.shape[1])], 0)
+    mean, expected = truth.conditional(2, [0, 1], x)
+    scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    assert np.abs((found - expected) / scale).max() < 0.2
+    assert np.abs(drawn.mean(0) - mean).mean() / np.sqrt(np.diag(expected)).mean() < 0.3
+
+
+@pytest.fixture(scope="module")
+def linear():
+    torch.set_num_threads(1)
+    truth = LinearGaussian.make()
+    return truth, fit_linear_gaussian(truth.values(2000, 1), decoder="diffusion", members=1), truth.values(200, 4)
+
+
+def test_generated_records_are_imputations_of_empty_ones(linear):
+    _, model, _ = linear
+    generated = torch.cat(model.generate(3000, seeded()), 1)
+    imputed = torch.cat(model.impute([(torch.empty(3000, 0), 0)] * 3, generator=seeded(1)), 1)
+    same = torch.cat(model.generate(3000, seeded(2)), 1)
+    assert energy(generated, imputed) < 3 * max(energy(generated, same), 1e-3)
+    torch.testing.assert_close(generated.mean(0), imputed.mean(0), atol=0.12, rtol=0)
+    torch.testing.assert_close(generated.T.cov(), imputed.T.cov(), atol=0.2, rtol=0.1)
+
+
+CENTRES, SPREAD = torch.tensor([[1.5, 1.0], [-1.5, -1.0]]), 0.25
+
+
+def clusters(rows: int, seed: int) -> list[torch.Tensor]:
+    """a: one of two clusters; b and c tell which, not surely."""
+    generator = seeded(seed)
+    side = torch.randint(0, 2, (rows,), generator=generator)
+    noise = [torch.randn(rows, width, generator=generator) for width in (2, 3, 2)]
+    sign = 1 - 2 * side[:, None]
+    return [CENTRES[side] + SPREAD * noise[0], 0.5 * sign + noise[1], 0.4 * sign + noise[2]]
+
+
+def energy(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Energy distance of two samples."""
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def between(a: torch.Tensor) -> float:
+    """Share that belongs to no cluster: a thousandth of the truth is so far out."""
+    return float((torch.cdist(a, CENTRES).amin(-1) > 3.72 * SPREAD).float().mean())
+
+
+@pytest.fixture(scope="module")
+def clustered():
+    """A model of clusters, and the same without its denoiser."""
+    torch.set_num_threads(1)
+    model = fit_linear_gaussian(clusters(1500, 1), decoder="diffusion", members=1)
+    plain = Imputer.from_state(model.config, model.state_dict())
+    plain.diffusion = None
+    return model, plain
+
+
+@pytest.mark.parametrize("flags, less", [((0, 1, 1), 1.0), ((0, 0, 0), 0.7)])
+def test_draws_of_clusters_are_in_clusters(clustered, flags, less):
+    """The Gaussians of the plain VAE put people between them; over four seeds, each with its own true sample."""
+    found = []
+    for m in clustered:
+        drawn = []
+        for seed in range(4):
+            x = clusters(1000, 10 + seed)
+            drawn.append(m.impute([(v if f else torch.empty(1000, 0), f) for v, f in zip(x, flags, strict=True)], generator=seeded(seed)))
+        apart = [energy(torch.cat(d, 1), torch.cat(clusters(1000, 20 + seed), 1)) for seed, d in enumerate(drawn)]
+        found.append(([between(d[0]) for d in drawn], apart))
+    ours, theirs = found
+    assert max(ours[0]) < less * min(theirs[0])
+    assert max(ours[1]) < min(theirs[1])
+
+
+def test_clusters_are_as_probable_as_the_rest_of_the_record_says(clustered):
+    """In closed form."""
+    x = clusters(500, 2)
+    drawn = clustered[0].impute([(None, 0), (x[1], 1), (x[2], 1)], 20, seeded())[0]
+    share = (drawn @ CENTRES[0] > 0).float().mean(0)
+    expected = torch.sigmoid(2 * (0.5 * x[1].sum(1) + 0.4 * x[2].sum(1)))
+    assert (share - expected).mean().abs() < 0.05 and (share - expected).abs().mean() < 0.15
