@@ -9,6 +9,9 @@ others, or exp(-(y_i - y_p)^2 / 2) for soft, standardised ones. u is a projectio
 A view is the record with modalities and values hidden at random, the only change that leaves a patient's record true.
 Without labels a record is like its own other view alone: SimCLR (Chen et al. 2020).
 
+What the weight costs and gives, eicu_demo, one member, 12 epochs, one seed: score of hidden values .8782 without contrast, .8758 at
+weight 0.1, .8833 at 1; AUROC of death from 64 labels, contrast by APACHE, .752 without, .786 at 0.1, .805 at 0.5, .809 at 2, .822 alone.
+
 With several ranks each contrasts the records of its own batch, and DDP averages the gradients.
 
 Shape suffixes: E members, B records, N = 2 B views, T labels, K modalities, L latent, P projected.

@@ -4,13 +4,16 @@
 Sides are halved until none is longer than SIDE, at least once; channels double up to MOST_CHANNELS. A model with such
 modalities has one member, so weights have no leading E, and what comes out has a leading 1.
 
-The likelihood is Gaussian with one scale per channel. Measured on 1,000 records whose two images (8 x 8 and 9 x 8) show the same
-stamp at the same of 25 places, 20 epochs, one seed: error of a hidden image (the mean image's is 64.6) and class and place right
-in its predicted mean:
+The likelihood is Gaussian with one scale per channel. `elbo_weight`, 20 epochs, one seed. Handwritten digits, 8 x 8, 1,397 records of
+two other digits of a class, a tone, a text and a vector (`tests/digits.py`): share of 400 people's hidden digits whose draws a
+classifier reads right (of real ones: 99%), from all else and from the other digit alone. Stamps, 1,000 records (two images of
+the same stamp at the same of 25 places): error of a hidden image (the mean image's is 64.6), class and place right in its mean.
 
-    elbo_weight 0.03                     60.7     5%
-    0.3                                  53.5    33%     without the decoder's hidden layer and `keep_scales` 54.7, 24%
-    1.0, elbo_share 0.5, the default     51.7    50%     R2 of a signal .952 -> .935
+    0.03                      stamps 60.7, 5%
+    0.1                       digits 97.5%, 61%
+    0.3, the default          digits 95.8%, 62%    stamps 53.5, 33%, without the decoder's hidden layer and `keep_scales` 54.7, 24%
+    1.0, Laplace likelihood   digits 95.0%, 56%    its 90% intervals hold 81% of the values where the Gaussian's hold 84%
+    1.0                       digits 94.5%, 52%    stamps 51.7, 50%
 
 Shape suffixes: B records (N: records times draws), D values of a record, C code columns, L latent, P outputs.
 """

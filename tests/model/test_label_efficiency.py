@@ -12,7 +12,7 @@ from mmimpute.model.head import Head, Labels, fit_linear
 from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
 
 ROWS, SCARCE, WIDTH = 1_500, 30, 12
-SEEDS = 6
+SEEDS = 5
 
 
 def cohort(seed: int):
@@ -58,9 +58,9 @@ def plain():
 
 def test_a_cheap_label_that_tells_of_the_dear_one_raises_auroc_beyond_noise(plain):
     gain = np.array([auroc(seed, "informative") for seed in range(SEEDS)]) - plain
-    assert gain.mean() > 0.03 and gain.mean() > 2.57 * gain.std(ddof=1) / np.sqrt(SEEDS)  # t, 5 degrees of freedom
+    assert gain.mean() > 0.03 and gain.mean() > 2.78 * gain.std(ddof=1) / np.sqrt(SEEDS)  # t, 4 degrees of freedom
 
 
 def test_a_random_one_beside_l_does_no_more_harm_than_noise(plain):
     loss = plain - np.array([auroc(seed, "random", alone=False) for seed in range(SEEDS)])
-    assert loss.mean() < max(0.02, 2.57 * loss.std(ddof=1) / np.sqrt(SEEDS))
+    assert loss.mean() < max(0.02, 2.78 * loss.std(ddof=1) / np.sqrt(SEEDS))
