@@ -16,6 +16,12 @@ from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Side by side with others goes a module as a whole, and so do all tests of faults, which share a cluster."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("faults" if "faults" in item.path.parts else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory):
     """A running object store; the environment's AWS variables point to it."""

@@ -21,7 +21,6 @@ from tests.faults.processes import workers
 
 SHARDS, ROWS = 40, 300
 SETTINGS = ImputeSettings(draws=2)
-SUMMARY: list[tuple[str, int, int, int]] = []  # fault, injected, rows lost, rows duplicated
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,20 @@ def reference(cohort, nodes) -> tuple[frozenset[str], pa.Table]:
 
 
 @pytest.fixture
-def check(reference):
+def note(record_property):
+    """Notes a fault for the summary: its name, how often it was injected, rows lost, rows duplicated."""
+    return lambda *fault: record_property("fault", fault)
+
+
+@pytest.fixture
+def check(reference, note):
     """Compares a table with the reference and notes what it found for the summary."""
 
     def same(fault: str, injected: int, output: str) -> None:
         keys, rows = committed(output)
         ids, wanted = rows["subject_id"], reference[1]["subject_id"]
         lost, twice = len(set(wanted.to_pylist()) - set(ids.to_pylist())), len(ids) - len(ids.unique())
-        SUMMARY.append((fault, injected, lost, twice))
+        note(fault, injected, lost, twice)
         assert (lost, twice) == (0, 0)
         assert keys == reference[0]
         assert rows.equals(reference[1])
@@ -131,8 +136,9 @@ def check(reference):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if SUMMARY:
+    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", None) == "call"]
+    if faults := [fault for r in reports for name, fault in r.user_properties if name == "fault"]:
         terminalreporter.section("faults")
         terminalreporter.write_line(f"{'fault':44}{'injected':>10}{'rows lost':>12}{'rows duplicated':>18}")
-        for fault, injected, lost, twice in SUMMARY:
+        for fault, injected, lost, twice in faults:
             terminalreporter.write_line(f"{fault:44}{injected:>10}{lost:>12}{twice:>18}")

@@ -8,7 +8,6 @@ import pytest
 
 from mmimpute import registry
 from tests.conftest import SPEC, write_cohort
-from tests.faults.conftest import SUMMARY
 from tests.faults.fit import SETTINGS, fit
 from tests.faults.processes import FEW, driver, moments, wait_until
 
@@ -48,7 +47,7 @@ def test_the_same_seed_gives_the_same_bits(training, nodes, undisturbed):
 
 
 @pytest.mark.parametrize("at", moments("training worker killed", LAST), ids=str)
-def test_a_training_worker_is_killed(at, training, nodes, undisturbed):
+def test_a_training_worker_is_killed(at, training, nodes, undisturbed, note):
     rng, left, kills = random.Random(str(at)), list(at), []
 
     def strike() -> None:
@@ -63,11 +62,11 @@ def test_a_training_worker_is_killed(at, training, nodes, undisturbed):
 
     assert fitted(training, nodes, "worker-" + "-".join(map(str, at)), on_progress) == undisturbed
     assert len(kills) == len(at)
-    SUMMARY.append(("training worker killed", len(at), 0, 0))
+    note("training worker killed", len(at), 0, 0)
 
 
 @pytest.mark.parametrize("at", moments("training driver killed", LAST, FEW), ids=str)
-def test_the_driver_of_a_training_is_killed(at, training, nodes, undisturbed, tmp_path):
+def test_the_driver_of_a_training_is_killed(at, training, nodes, undisturbed, tmp_path, note):
     shards, spec, place = training
     name = "driver-" + "-".join(map(str, at))
     for number, epoch in enumerate(at):
@@ -80,4 +79,4 @@ def test_the_driver_of_a_training_is_killed(at, training, nodes, undisturbed, tm
     seen = []
     assert fitted(training, nodes, name, seen.append) == undisturbed
     assert seen[-1]["epoch"] == SETTINGS.epochs and next(r["epoch"] for r in seen if "epoch" in r) > 1, "it began anew"
-    SUMMARY.append(("training driver killed", len(at), 0, 0))
+    note("training driver killed", len(at), 0, 0)
