@@ -123,6 +123,7 @@ def prepared(model: registry.Model, start: str | None, monkeypatch) -> Training:
     }
     plan = {"batch": 64, "epochs": 1, "steps_per_epoch": 2}
     loop = {"settings": {"seed": 3}, "statistics": statistics, "config": model.file.config, "plan": plan, "start": start}
+    loop["contrast"] = None
     return training._prepare(loop, 0)[0]
 
 

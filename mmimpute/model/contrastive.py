@@ -126,7 +126,8 @@ class ContrastiveVAE(MultiModalVAE):
         members, batch = weight_EB.shape
         present_BK = torch.stack([o.any(1) for o in observed], 1)
         some_ERK, all_EBK = (weight_EB.new_zeros(members, rows, present_BK.shape[1]) for rows in (0, batch))
-        return LossTerms(some_ERK, some_ERK, some_ERK.sum(2), all_EBK, all_EBK, present_BK, torch.zeros_like(present_BK), weight_EB)
+        hidden_BK = torch.zeros_like(present_BK)
+        return LossTerms(some_ERK, some_ERK, some_ERK.sum(2), all_EBK, all_EBK, present_BK, hidden_BK, weight_EB, all_EBK)
 
     def _contrast(
         self,

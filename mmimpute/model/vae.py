@@ -291,6 +291,11 @@ class MultiModalVAE(nn.Module):
     def _noise(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, device=self.hide_K.device)
 
+    def _branch(self, generator: torch.Generator | None) -> torch.Generator:
+        """For one modality: what is missing of it does not move the draws of the next."""
+        device = self.hide_K.device
+        return torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator, device=device)))
+
     def _antithetic(self, draws: int, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Noise whose second half mirrors the first: what is linear in it cancels from the mean over draws."""
         half = self._noise((draws // 2, *shape), generator)
@@ -430,16 +435,17 @@ class MultiModalVAE(nn.Module):
             z0_SEBL, *own = diffusion.sample(model.evidence(inputs), draws, generator)
         drawn = []
         for j, private in enumerate(model.private):
+            branch = self._branch(generator)
             rows = (~observed[j]).any(1).nonzero().squeeze(1)  # what nothing is missing of need not be decoded
-            noise_SEBL = self._noise((*z0_SEBL.shape[:3], private.own), generator)
             drawn.append(x[j].new_zeros(draws, *x[j].shape))
             if not len(rows):
                 continue
-            heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SEBL[:, :, rows], rows)
-            some_SRD = model.likelihoods[j].sample(heads, model.standardise[j], generator)[:, 0].to(x[j].dtype)
+            noise_SERL = self._noise((*z0_SEBL.shape[:2], len(rows), private.own), branch)
+            heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SERL, rows)
+            some_SRD = model.likelihoods[j].sample(heads, model.standardise[j], branch)[:, 0].to(x[j].dtype)
             if diffusion is not None and j in diffusion.chosen:
                 at = diffusion.chosen.index(j)
-                whole_SRD = diffusion.decoded(at, z0_SEBL[:, :, rows], own[at][:, :, rows], model.standardise[j], generator)[:, 0]
+                whole_SRD = diffusion.decoded(at, z0_SEBL[:, :, rows], own[at][:, :, rows], model.standardise[j], branch)[:, 0]
                 some_SRD = torch.where(inputs.present_BK[rows, j, None], some_SRD, whole_SRD.to(x[j].dtype))
             drawn[-1][:, rows] = some_SRD
         return drawn
