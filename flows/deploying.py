@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.events import resource
 from mmimpute.console import report_errors
@@ -54,7 +55,8 @@ def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
     try:
         client.read_work_pool(pool)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        with suppress(ObjectAlreadyExists):  # a worker that starts at this moment makes its pool itself
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
 
 
 def _ensure_queue(client: SyncPrefectClient, pool: str, cohort: str) -> None:

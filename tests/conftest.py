@@ -16,6 +16,7 @@ from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items) -> None:
     """Side by side with others goes a module as a whole, and so do all tests of faults, which share a cluster."""
     for item in items:
