@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before ray or prefect is imported by any test.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -16,11 +17,16 @@ from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items) -> None:
-    """Side by side with others goes a module as a whole, and so do all tests of faults, which share a cluster."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("faults" if "faults" in item.path.parts else item.path.name))
+class ByModule(LoadScopeScheduling):
+    """Side by side with others goes a module as a whole, and so do all tests of faults, which share a cluster. (xdist's own groups
+    do nothing with pytest 9.2, which no longer reads the node id that they change.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/faults" if nodeid.startswith("tests/faults/") else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config, log) -> ByModule:
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session")
