@@ -29,6 +29,16 @@ def pytest_xdist_make_scheduler(config, log) -> ByModule:
     return ByModule(config, log)
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The faults that were injected, and what they cost; side by side only this file is read where the summary is written."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", None) == "call"]
+    if faults := [fault for r in reports for name, fault in r.user_properties if name == "fault"]:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(f"{'fault':44}{'injected':>10}{'rows lost':>12}{'rows duplicated':>18}")
+        for fault, injected, lost, twice in faults:
+            terminalreporter.write_line(f"{fault:44}{injected:>10}{lost:>12}{twice:>18}")
+
+
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory):
     """A running object store; the environment's AWS variables point to it."""

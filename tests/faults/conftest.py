@@ -133,12 +133,3 @@ def check(reference, note):
         assert rows.equals(reference[1])
 
     return same
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", None) == "call"]
-    if faults := [fault for r in reports for name, fault in r.user_properties if name == "fault"]:
-        terminalreporter.section("faults")
-        terminalreporter.write_line(f"{'fault':44}{'injected':>10}{'rows lost':>12}{'rows duplicated':>18}")
-        for fault, injected, lost, twice in faults:
-            terminalreporter.write_line(f"{fault:44}{injected:>10}{lost:>12}{twice:>18}")
