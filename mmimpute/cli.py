@@ -12,6 +12,7 @@ from rich.markup import escape
 from mmimpute import __version__
 from mmimpute.commands.classify import classify_app
 from mmimpute.commands.features import features_app
+from mmimpute.commands.finish import finish
 from mmimpute.commands.operate import operate_app
 from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
 from mmimpute.commands.store import store_app
@@ -23,7 +24,6 @@ from mmimpute.console import (
     new_table,
     problems_table,
     report_errors,
-    set_aside_table,
     show_study,
     watch,
 )
@@ -87,7 +87,7 @@ def describe(
         console.print(f"\nspec drafted: {escape(str(write))}")
     else:
         console.print("\n" + escape(found["spec"]))
-    _finish(found["set_aside"])
+    finish(found["set_aside"])
 
 
 def _show_profile(profile: dict) -> None:
@@ -135,7 +135,7 @@ def fit(
     fitted = retraining.renew(found, cohort, model, settings, None, ClusterSettings(address=address), watch("fit"))
     what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
     console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")
-    _finish(found.set_aside | fitted["set_aside"])
+    finish(found.set_aside | fitted["set_aside"])
 
 
 @app.command()
@@ -167,7 +167,7 @@ def impute(
         f"({done['done_before']} of {done['shards']} shards were done before); "
         f"table version {committed['version']}, {committed['added']} objects added and {committed['removed']} removed: {escape(output)}"
     )
-    _finish(done["set_aside"])
+    finish(done["set_aside"])
 
 
 @app.command()
@@ -317,7 +317,7 @@ def evaluate(
         report.write_text(
             render({"title": f"Evaluation of model {registry.digest_of(place)[:12]}", "evaluation": evaluation}), encoding="utf-8"
         )
-    _finish(found.set_aside)
+    finish(found.set_aside)
 
 
 @evaluate_app.command()
@@ -381,7 +381,7 @@ def drift(model: ModelUrl, shards: Shards, address: Address = None) -> None:
         console.print(table)
     verdict = "drifted: fit the model anew" if found["drifted"] else "no drift" if found["judged"] else "not judged"
     console.print("\n  ".join([verdict, *map(escape, found["reasons"])]))
-    _finish(found["set_aside"])
+    finish(found["set_aside"])
 
 
 @app.command()
@@ -396,13 +396,6 @@ def demo(
     from mmimpute.demo import run_demo
 
     raise typer.Exit(run_demo(home, rows))
-
-
-def _finish(set_aside: dict[str, str]) -> None:
-    """Good shards are done; bad ones are named, and the exit code says so."""
-    if set_aside:
-        console.print(set_aside_table([{"shard": s, "error": e} for s, e in set_aside.items()]))
-        raise typer.Exit(3)
 
 
 def main() -> None:

@@ -105,17 +105,19 @@ def model_of(url: str) -> str:
 
 def check(url: str, model: str) -> None:
     """Raises UserError where the head is of another model than the one under this URL."""
-    wanted, found = describe(url).model, digest_of(model)
-    if wanted != found:
-        raise UserError(f"{url}: a head of model {wanted[:12]}, not of {found[:12]}; run `mmimpute finetune` again for this model")
+    _check_model(url, describe(url), digest_of(model))
+
+
+def _check_model(url: str, file: HeadFile, digest: str) -> None:
+    if file.model != digest:
+        raise UserError(f"{url}: a head of model {file.model[:12]}, not of {digest[:12]}; run `mmimpute finetune` again for this model")
 
 
 def load(url: str, model: Model) -> LoadedHead:
     """The head, on its model's device. Raises UserError where it is damaged or of another model."""
     place = locate(url)
     file, weights = _read(place)
-    if file.model != model.digest:
-        raise UserError(f"{place.url}: a head of model {file.model[:12]}, not of {model.digest[:12]}")
+    _check_model(place.url, file, model.digest)
     try:
         head = Head.from_state(model.module.vae, load_weights(weights))
     except (ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:

@@ -167,7 +167,13 @@ def judges(
 
 def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Iterator[dict]:
     """Runs a worker over the blocks of a dataset and yields the statuses that it makes of them, as they finish."""
-    mapped = dataset.map_batches(
+    for row in mapped(dataset, worker, arguments, actors, gpus).iter_rows():
+        yield row["status"]
+
+
+def mapped(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus: float) -> Dataset:
+    """What a worker makes of the blocks of a dataset; arguments: of its constructor."""
+    return dataset.map_batches(
         worker,
         fn_constructor_kwargs=arguments,
         batch_size=None,
@@ -176,5 +182,3 @@ def statuses(dataset: Dataset, worker: type, arguments: dict, actors: int, gpus:
         num_cpus=0 if gpus else 1,
         num_gpus=gpus or None,
     )
-    for row in mapped.iter_rows():
-        yield row["status"]

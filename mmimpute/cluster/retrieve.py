@@ -3,11 +3,10 @@
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy
 
 from mmimpute import registry
 from mmimpute.cluster import runtime
-from mmimpute.cluster.ingest import shard_dataset, shards_of
+from mmimpute.cluster.ingest import mapped, shard_dataset, shards_of
 from mmimpute.data.shards import Shard, publish_table, read_table
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import ClusterSettings
@@ -51,14 +50,7 @@ def retrieve_among(
 ) -> dict:
     """Publishes who was found for whom under `name`. modalities: of the queries, and of those who are searched. Returns as `search`."""
     actors = min(cluster.actors or runtime.cpus(), len(shards))
-    people = shard_dataset(shards).map_batches(
-        Embedder,
-        fn_constructor_kwargs={"model": model, "shards": shards_url, "query": modalities[0], "among": modalities[1]},
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=0 if cluster.gpus_per_actor else 1,
-        num_gpus=cluster.gpus_per_actor or None,
-    )
+    arguments = {"model": model, "shards": shards_url, "query": modalities[0], "among": modalities[1]}
+    people = mapped(shard_dataset(shards), Embedder, arguments, actors, cluster.gpus_per_actor)
     members = registry.describe(model).config["members"]
     return ray.get(search.remote(members, k, output, name, *people.materialize().to_arrow_refs()))

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from mmimpute.commands.finish import finish
 from mmimpute.commands.options import TABLE_HELP
-from mmimpute.console import console, new_table, set_aside_table, watch
+from mmimpute.console import console, new_table, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings, ImputeSettings, read_config, validated
 
@@ -35,7 +36,7 @@ def finetune(config: Annotated[Path, typer.Argument(help="the run's configuratio
         found.add_row(escape(t["column"]), f"{t['people']:,}", escape(", ".join(t["levels"])), auroc)
     console.print(found)
     console.print(f"head: {escape(done['head'])}")
-    _finish(done["set_aside"])
+    finish(done["set_aside"])
 
 
 @classify_app.command()
@@ -68,10 +69,4 @@ def classify(
         f"({done['done_before']} of {done['shards']} shards were done before); "
         f"table version {done['committed']['version']}: {escape(output)}"
     )
-    _finish(done["set_aside"])
-
-
-def _finish(set_aside: dict[str, str]) -> None:
-    if set_aside:
-        console.print(set_aside_table([{"shard": s, "error": e} for s, e in set_aside.items()]))
-        raise typer.Exit(3)
+    finish(done["set_aside"])

@@ -6,8 +6,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from mmimpute.commands.finish import finish
 from mmimpute.commands.options import ModelUrl
-from mmimpute.console import console, new_table, set_aside_table
+from mmimpute.console import console, new_table
 from mmimpute.report.tasks import SAMPLES, condition
 from mmimpute.spec import ClusterSettings
 
@@ -40,9 +41,7 @@ def retrieve(
         f"{escape(query)} of {done['queries']:,} people looked for among {escape(among)} of {done['among']:,}: {escape(done['table'])}\n"
         f"recall of {told['rows']:,} people who hold both: {shares}; median rank {told['median_rank']:,.0f}"
     )
-    if done["set_aside"]:
-        console.print(set_aside_table([{"shard": s, "error": e} for s, e in done["set_aside"].items()]))
-        raise typer.Exit(3)
+    finish(done["set_aside"])
 
 
 def task_tables(tasks: dict) -> list[Table]:

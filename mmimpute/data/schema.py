@@ -20,6 +20,7 @@ OUTPUT_SUFFIXES = ("__imputed", "__std", "__lower", "__upper", "__draws")
 PROBABILITY = "__probability"  # of a head's classes
 FROM_PRIOR = "from_prior"
 LATENT = "z0"
+CARRIED = {"impute", "hide", "tails", "noise", "decoder", "form"}  # of a modality's spec, as they are
 TOKENS = 64  # of a text that are read
 
 
@@ -243,12 +244,10 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
     if spec.form == "text":
         shape = spec.shape or (TOKENS,)
         features = tuple(Feature(name=f"t{i}", kind="categorical") for i in range(shape[0]))
-        types, rest = (
-            (str(value_type(arrow.field(spec.column).type)),),
-            spec.model_dump(include={"impute", "hide", "tails", "noise", "form"}),
-        )
+        types = (str(value_type(arrow.field(spec.column).type)),)
+        given = spec.model_dump(include=CARRIED)
         return Modality(
-            name=name, layout="text", columns=columns, types=types, features=features, shape=shape, most=spec.vocabulary, **rest
+            name=name, layout="text", columns=columns, types=types, features=features, shape=shape, most=spec.vocabulary, **given
         )
     if spec.form != "vector":
         return _draft_structured(name, spec, arrow.field(spec.column).type, widths[spec.column])
@@ -271,7 +270,7 @@ def _draft(name: str, spec: ModalitySpec, arrow: pa.Schema, widths: dict[str, in
         raise UserError(f"spec: modalities.{name}: features {_some(bad)} are text, so their kind must be categorical")
     features = tuple(Feature(name=n, kind=k, levels=spec.levels.get(n, ())) for n, k in zip(names, kinds, strict=True))
     layout = "list" if spec.column else "scalars"
-    rest = spec.model_dump(include={"impute", "hide", "tails", "noise", "decoder"})
+    rest = spec.model_dump(include=CARRIED)
     return Modality(name=name, layout=layout, columns=columns, types=tuple(types), features=features, **rest)
 
 
@@ -286,7 +285,7 @@ def _draft_structured(name: str, spec: ModalitySpec, kind: pa.DataType, width: i
     if spec.form == "image" and not pt.is_uint8(inner):
         raise UserError(f'spec: modalities.{name}: images are uint8, column {spec.column!r} is {kind}; convert it, or use form = "signal"')
     features = tuple(Feature(name=f"f{i}", kind="real") for i in range(width))
-    rest = spec.model_dump(include={"impute", "hide", "tails", "noise", "form"})
+    rest = spec.model_dump(include=CARRIED)
     return Modality(name=name, layout="list", columns=(spec.column,), types=(str(inner),), features=features, shape=shape, **rest)
 
 

@@ -196,11 +196,11 @@ class MultiModalVAE(nn.Module):
     ) -> tuple[Inputs, Tensor]:
         """The same targets, encoded with noise, and the loss of telling how much; what is hidden tells nothing."""
         signal_BK = self.reliability.share_of_signal(len(hidden_BK), generator)
-        codes = []
-        for j, (x_BD, shown_BD) in enumerate(zip(inputs.filled, shown, strict=True)):
-            noisy_BD = corrupt(x_BD, shown_BD, getattr(self, f"real_{j}"), self.standardise[j], signal_BK[:, j], generator)
-            z_BD = torch.where(shown_BD, self.standardise[j](noisy_BD), 0.0)
-            codes.append(self.code[j](z_BD, noisy_BD, shown_BD, self.standardise[j].knots))
+        noisy = [
+            corrupt(x_BD, shown_BD, getattr(self, f"real_{j}"), self.standardise[j], signal_BK[:, j], generator)
+            for j, (x_BD, shown_BD) in enumerate(zip(inputs.filled, shown, strict=True))
+        ]
+        codes = self.inputs(noisy, shown).codes
         present_BK = inputs.shown_BK & ~hidden_BK
         kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
         return dataclasses.replace(inputs, codes=codes), self.reliability.loss(kept, present_BK, signal_BK, weight_EB)
