@@ -12,28 +12,35 @@ from mmimpute.spec import CohortSpec, ModalitySpec
 
 SUBJECT_NAMES = ("subject_id", "patient_id", "person_id", "id")
 OUTCOMES = "outcome__"
+PLAIN = "columns"  # name of the modality of a table whose columns' names tell of none
 GROUPS = ("sex", "gender", "female", "male", "age", "race", "ethnicity")  # names of columns by which a model card tells the accuracy
 
 
 def guess_spec(arrow: pa.Schema) -> CohortSpec:
     """List columns are modalities; so are scalar columns that share the part before `__`; `outcome__*` are outcomes.
 
-    Raises UserError where there is nothing to build on.
+    Where there is neither, all columns of numbers or text are one modality. Raises UserError where there are none.
     """
     subject = next((n for n in SUBJECT_NAMES if n in arrow.names), arrow.names[0])
     times = [f.name for f in arrow if pt.is_temporal(f.type) and f.name != subject]
-    modalities, names = {}, set(arrow.names)
+    modalities, plain, names = {}, [], set(arrow.names)
     for field in arrow:
         prefix, divided, _ = field.name.partition("__")
         inner = value_type(field.type)
         if field.name in (subject, *times) or field.name.startswith(OUTCOMES) or is_output(field.name, names):
             continue
-        if is_list(storage_type(field.type)) and is_number(inner):
-            modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name, form=_form(field.type))
-        elif divided and prefix and (is_number(inner) or is_text(inner)):
-            modalities[prefix] = ModalitySpec(prefix=f"{prefix}__")
+        if is_list(storage_type(field.type)):
+            if is_number(inner):
+                modalities[field.name.replace("__", "_")] = ModalitySpec(column=field.name, form=_form(field.type))
+        elif is_number(inner) or is_text(inner):
+            if divided and prefix:
+                modalities[prefix] = ModalitySpec(prefix=f"{prefix}__")
+            else:
+                plain.append(field.name)
+    if not modalities and plain:
+        modalities[PLAIN] = ModalitySpec(prefix="", features=tuple(plain))
     if not modalities:
-        raise UserError("no modality found: expected list columns, or scalar columns named modality__feature; write the spec by hand")
+        raise UserError("no modality found: expected list columns or columns of numbers or text; write the spec by hand")
     outcomes = (f"{OUTCOMES}*",) if any(n.startswith(OUTCOMES) for n in arrow.names) else ()
     groups = tuple(f.name for f in arrow if _is_group(f.name) and not is_list(storage_type(f.type)))
     timestamp = next((n for n in times if is_time(arrow.field(n).type)), None)
