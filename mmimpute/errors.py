@@ -3,6 +3,8 @@
 The command line prints these without a traceback and exits with `exit_code`.
 """
 
+from typing import Any
+
 
 class MmimputeError(Exception):
     """Base of every error that a user can mend."""
@@ -29,12 +31,12 @@ class DataError(MmimputeError):
 
     exit_code = 3
 
-    def __init__(self, shard: str, column: str | None, found: str, expected: str, action: str):
+    def __init__(self, shard: str, column: str | None, found: str, expected: str, action: str) -> None:
         self.shard, self.column, self.found, self.expected, self.action = shard, column, found, expected, action
         where = f"shard {shard}" + (f", column {column!r}" if column else "")
         super().__init__(f"{where}: found {found}; expected {expected}; {action}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.shard, self.column, self.found, self.expected, self.action)
 
 
@@ -43,9 +45,9 @@ class SetAside(MmimputeError):
 
     exit_code = 3
 
-    def __init__(self, aside: dict[str, str]):
+    def __init__(self, aside: dict[str, str]) -> None:
         self.aside = aside
         super().__init__(f"{len(aside)} shards set aside, the others are published:\n" + "\n".join(aside.values()))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.aside,)

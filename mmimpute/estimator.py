@@ -82,10 +82,9 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         native = self._table(X, reset=False)
         table = self._renamed(native)
         records, imputed = self._imputed(table, ImputeSettings(draws=draws, seed=self.random_state))
-        return [
-            self._completed(native, self._enriched(table, records, {n: i._replace(mean=i.draws[s]) for n, i in imputed.items()}), X)
-            for s in range(draws)
-        ]
+        drawn = {name: i.draws for name, i in imputed.items() if i.draws is not None}
+        sets = [{name: imputed[name]._replace(mean=d[s]) for name, d in drawn.items()} for s in range(draws)]
+        return [self._completed(native, self._enriched(table, records, one), X) for one in sets]
 
     def get_feature_names_out(self, input_features: Sequence[str] | None = None) -> np.ndarray:
         """The names of X's columns."""

@@ -32,7 +32,7 @@ def fit(
     Raises UserError as `labels.classes`.
     """
     vae, members = model.module.vae, model.module.config.members
-    found = [classes(beside[column], column) for column in settings.target]
+    found = [classes(beside[column], f"finetune: column {column!r}") for column in settings.target]
     classes_NT = torch.from_numpy(np.stack([index for _, index in found], 1))
     fold_N = torch.from_numpy(fold(place, members))
     labels = Labels.of(classes_NT, [len(levels) for levels, _ in found], fold_N, members, settings.class_weight == "balanced")

@@ -1,6 +1,7 @@
 """Enriched records back into memory: any version of the table, as it is stored or completed, or as data sets for multiple imputation."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ def read(url: str, version: int | None = None, *, completed: bool = True, draws:
     """
     keys = sorted(table_at(url, version).keys)
     if draws:
-        return [_read(url, keys, lambda t, m=m: complete(t, m), kind) for m in range(_stored_draws(url, keys))]
+        return [_read(url, keys, partial(complete, draw=m), kind) for m in range(_stored_draws(url, keys))]
     return _read(url, keys, complete if completed else lambda t: t, kind)
 
 

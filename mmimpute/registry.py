@@ -27,6 +27,7 @@ from mmimpute.data.schema import CohortSchema
 from mmimpute.errors import UserError
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.imputer import Imputer
+from mmimpute.sizing import modality_configs
 
 CHAMPION = "champion.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -210,9 +211,10 @@ def load(url: str) -> Model:
     try:
         weights = _weights(place)
         module = Imputer.from_state(ModelConfig.from_dict(file.config), load_weights(weights))
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        fits = module.config.modalities == modality_configs(file.cohort)
+    except (ZeroDivisionError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{place}: a damaged model, or one of another version of mmimpute ({str(error)[:200]})") from None
-    if len(module.config.modalities) != len(file.cohort.modalities):
+    if not fits:
         raise UserError(f"{place}: a damaged model: config and schema differ")
     return Model(place, content_digest(text, weights), file, module)
 
@@ -240,7 +242,10 @@ def write_record(place: str, name: str, record: Any) -> None:
 
 
 def read_record(place: str, name: str) -> Any | None:
+    """What is beside the model under this name, or None. Raises UserError where it is no JSON."""
     try:
         return json.loads(storage.read(place, f"{name}.json"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError):
+        raise UserError(f"{place}/{name}.json: not JSON; fit the model again") from None

@@ -8,10 +8,15 @@ from mmimpute.spec import FitSettings
 
 def model_config(schema: CohortSchema, rows: int, settings: FitSettings) -> ModelConfig:
     """The model's sizes and kinds, from the settled schema and the number of training records."""
-    modalities = tuple(map(_modality, schema.modalities))
+    modalities = modality_configs(schema)
     members = 1 if any(m.structured for m in modalities) else members_for(rows)
     sizes = {"members": members, "pattern": settings.pattern} | ({"shared": settings.z0} if settings.z0 else {})
     return ModelConfig.for_rows(modalities, rows, **sizes)
+
+
+def modality_configs(schema: CohortSchema) -> tuple[ModalityConfig, ...]:
+    """What a model of this cohort has to be made for."""
+    return tuple(map(_modality, schema.modalities))
 
 
 def _modality(m: Modality) -> ModalityConfig:

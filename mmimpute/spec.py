@@ -2,12 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from mmimpute.errors import UserError
 
+M = TypeVar("M", bound=BaseModel)
 Kind = Literal["real", "binary", "count", "ordinal", "categorical"]
 SpecKind = Literal[Kind, "auto"]
 Tails = Literal["gaussian", "student"]
@@ -59,7 +61,7 @@ class ModalitySpec(_Settings):
     vocabulary: int = Field(1000, ge=1, description="most tokens of a text that are known; those in fewer than ten records never are")
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if (self.column is None) == (self.prefix is None):
             raise ValueError("give either column (a list column) or prefix (scalar columns)")
         if self.features is not None and len(set(self.features)) != len(self.features):
@@ -91,7 +93,7 @@ class ContrastiveLabel(_Settings):
     soft: bool = Field(False, description="of a number: near values are alike, by a Gaussian kernel on standardised values; no bins")
 
 
-def _label(value):
+def _label(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) else value
 
 
@@ -120,7 +122,7 @@ class CohortSpec(_Settings):
     contrastive: ContrastiveSpec | None = None
 
     @model_validator(mode="after")
-    def _contrasted(self):
+    def _contrasted(self) -> Self:
         on = self.contrastive.on if self.contrastive else ()
         if unknown := [name for name in on if name != "z0" and name not in self.modalities]:
             raise ValueError(f"contrastive.on names {unknown[0]!r}; valid are z0 and the modalities: {', '.join(self.modalities)}")
@@ -168,7 +170,7 @@ class EvaluateSettings(_Settings):
     label: str | None = Field(None, description="column of classes that the model never reads: what coherence, quality and probe are about")
 
     @model_validator(mode="after")
-    def _labelled(self):
+    def _labelled(self) -> Self:
         if self.label is None and (lacking := [t for t in self.tasks if t in LABELLED]):
             raise ValueError(f"{', '.join(lacking)}: give label, an outcome column of a few classes")
         return self
@@ -177,7 +179,9 @@ class EvaluateSettings(_Settings):
 class ImputeSettings(_Settings):
     """What is written into the enriched shards."""
 
-    interval: Literal[0, 0.5, 0.8, 0.9, 0.95] = Field(0, description="X__lower, X__upper: interval of this coverage for numbers; 0 = none")
+    interval: Literal[0, 0.5, 0.8, 0.9, 0.95] = Field(  # type: ignore[valid-type]
+        0, description="X__lower, X__upper: interval of this coverage for numbers; 0 = none"
+    )
     draws: int = Field(0, ge=0, description="X__draws: number of draws of what is missing; 0 = none")
     latent: bool = Field(False, description="z0: the shared latent mean, an embedding of the record")
     seed: int = 0
@@ -232,7 +236,7 @@ class Condition(_Settings):
     equals: float | str | None = None
 
     @model_validator(mode="after")
-    def _one(self):
+    def _one(self) -> Self:
         if sum(bound is not None for bound in (self.at_least, self.at_most, self.equals)) != 1:
             raise ValueError("give one of at_least, at_most and equals")
         return self
@@ -276,7 +280,7 @@ class RunConfig(_Settings):
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
-    def _list_has_a_place(self):
+    def _list_has_a_place(self) -> Self:
         if (self.alerts is None) != (self.alerts_to is None):
             raise ValueError("give both of alerts and alerts_to, or neither")
         return self
@@ -301,7 +305,7 @@ def read_config(path: str | Path) -> RunConfig:
     return validated(RunConfig, values, str(path))
 
 
-def _toml(path: str | Path) -> dict:
+def _toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -310,7 +314,7 @@ def _toml(path: str | Path) -> dict:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
 
 
-def validated(model: type[BaseModel], values: dict, where: str):
+def validated(model: type[M], values: dict[str, Any], where: str) -> M:
     """Settings that a user wrote. Raises UserError that says where and what is allowed."""
     try:
         return model.model_validate(values)
@@ -319,7 +323,7 @@ def validated(model: type[BaseModel], values: dict, where: str):
         raise UserError("\n".join(f"{where}: {p}" for p in problems)) from None
 
 
-def _explain(model: type[BaseModel], error: dict) -> str:
+def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     at = ".".join(map(str, error["loc"])) or "file"
     if error["type"] == "extra_forbidden":
         valid = _model_at(model, error["loc"][:-1]).model_fields
@@ -327,10 +331,10 @@ def _explain(model: type[BaseModel], error: dict) -> str:
     return f"{at}: {error['msg'].removeprefix('Value error, ')}"
 
 
-def _model_at(model: type[BaseModel], loc: tuple) -> type[BaseModel]:
+def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
     """The settings class that a location inside a TOML file belongs to."""
     for key in loc:
-        if field := model.model_fields.get(key):
+        if field := model.model_fields.get(str(key)):
             inner = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
             model = inner[0] if inner else model
     return model

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -28,6 +29,7 @@ from mmimpute.imputing import settings_digest
 from mmimpute.spec import ImputeSettings
 from tests.conftest import SPEC, free_port, linear_cohort, write_cohort
 
+BEGAN = time.time()
 pytestmark = pytest.mark.services
 DEPLOYED = {"population-run", "data-drop", "retrain", "watch"}
 OVER = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -121,6 +123,7 @@ def test_what_is_deployed(server, ward):
     assert {q["name"]: q["concurrency_limit"] for q in queues if q["name"].startswith("ward-7")} == {"ward-7": 1, "ward-7-watch": None}
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in json.dumps([deployed, queues, server.ask("work_pools/filter", {})])
+    assert secret not in command_lines()
 
 
 def test_schedules_are_kept(server):
@@ -160,12 +163,27 @@ def test_a_drop_is_taken_in_and_leads_to_a_new_champion_that_imputes_everything(
     while not all_of(url, registry.champion(f"{url}/model")) or registry.champion(f"{url}/model") == before:
         told = [(run["name"], run["state_name"], run["state"]["message"]) for run in server.ask("flow_runs/filter", {})]
         assert time.monotonic() - began < 600, told
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in command_lines()
         time.sleep(1)
     assert server.wait(server.start("watch/ward-7", quiet_minutes=0.02))["state_type"] == "COMPLETED"
     told = server.ask("events/filter", {"filter": {"event": {"prefix": ["mmimpute."]}}})["events"]
     assert Counter(event["event"] for event in told)["mmimpute.drop.settled"] == 1  # the second look found the drop announced
     told = json.dumps([told, *(server.ask(f"{what}/filter", {}) for what in ("artifacts", "flow_runs", "task_runs", "logs"))])
-    assert "x-bad.parquet" in told and "planted-id-4711" not in told and "s001000" not in told
+    assert "x-bad.parquet" in told
+    for secret in ("planted-id-4711", "s001000", os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in told and secret not in ray_logs()
+
+
+def command_lines() -> str:
+    """Of every process of this machine, as anybody on it can read them."""
+    return "\n".join(" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+
+
+def ray_logs() -> str:
+    """What Ray wrote to its logs, the drivers' and the workers' output among it."""
+    files = [f for f in Path("/tmp/ray").glob("session_2*/logs/**/*") if f.is_file() and f.stat().st_mtime > BEGAN]
+    assert files
+    return "\n".join(f.read_text(errors="replace") for f in files)
 
 
 def all_of(url: str, champion: str) -> bool:

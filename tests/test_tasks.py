@@ -18,7 +18,7 @@ from mmimpute.tasks.asking import ask, check_label, people_of
 from mmimpute.tasks.classifier import Classifier, auroc, classifiers
 from mmimpute.tasks.coherence import agreement, synthetic
 from mmimpute.tasks.likelihood import likelihood
-from mmimpute.tasks.people import NONE, levels_of, with_holes
+from mmimpute.tasks.people import NONE, with_holes
 from mmimpute.tasks.quality import compared, density_coverage, frechet, quality
 from mmimpute.tasks.retrieval import DEPTHS, Link, ranks, recall
 from mmimpute.tasks.search import nearest, retrieve
@@ -214,15 +214,6 @@ def test_the_index_finds_what_exact_search_does(monkeypatch):
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
-
-
-def test_rare_levels_count_as_not_known():
-    label = np.array(["a"] * 30 + ["b"] * 30 + ["c"] * (SMALLEST_GROUP - 1) + [""] * 5)
-    assert levels_of(label, "x") == ("a", "b")
-    with pytest.raises(UserError, match="no two classes of 10 people"):
-        levels_of(label[:30], "x")
-    with pytest.raises(UserError, match="'x' has 40 different values"):
-        levels_of(np.arange(40).astype(str), "x")
 
 
 def test_tasks_that_need_a_label_ask_for_it():

@@ -83,19 +83,20 @@ def _encoded(table: pa.Table | pa.RecordBatch, label: Label, shard: str) -> np.n
     return np.where(np.asarray(label.levels)[at] == values, at, np.nan)
 
 
-def classes(found: np.ndarray, column: str) -> tuple[tuple[str, ...], np.ndarray]:
+def classes(found: np.ndarray, where: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The levels of a column of classes, given as text, and each record's: an index, -1 where it has none.
 
     Whole numbers are written without a point, so 1, 1.0 and true are one class; the levels of 0 and 1 are ("0", "1").
-    Classes of fewer than SMALLEST_GROUP people are left out. Raises UserError where two are not left, or the column is no class.
+    Classes of fewer than SMALLEST_GROUP people are left out. where: what messages begin with.
+    Raises UserError where two are not left, or the column is no class.
     """
     named = np.array([_class(v) for v in found], object)
     levels, counts = np.unique(named[named != ""].astype(str), return_counts=True)
     if len(levels) > MOST_CLASSES:
-        raise UserError(f"finetune: column {column!r} has {len(levels)} values; a target has {MOST_CLASSES} classes or fewer")
+        raise UserError(f"{where} has {len(levels)} values; expected {MOST_CLASSES} classes or fewer")
     kept = tuple(levels[counts >= SMALLEST_GROUP].tolist())
     if len(kept) < 2:
-        raise UserError(f"finetune: column {column!r}: fewer than two classes with {SMALLEST_GROUP} labelled people each")
+        raise UserError(f"{where}: fewer than two classes with {SMALLEST_GROUP} people each")
     index = {name: at for at, name in enumerate(kept)}
     return kept, np.array([index.get(v, -1) for v in named])
 

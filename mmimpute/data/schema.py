@@ -3,6 +3,7 @@
 The schema is part of the model, so everything in it is a plain, validated value.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -330,7 +331,9 @@ def _some(names) -> str:
 
 
 def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
-    """A shard's footer against the schema. Raises DataError: column missing, of the wrong type, or of the wrong width."""
+    """A shard's footer against the schema. Raises DataError: column missing, there twice, of the wrong type, or of the wrong width."""
+    if twice := [name for name, count in Counter(arrow.names).items() if count > 1]:
+        raise DataError(shard, twice[0], "two columns of this name", "each name once", "rename or drop one of them")
     if schema.subject_id not in arrow.names:
         raise DataError(shard, schema.subject_id, "no such column", "the subject id", "add the column or mend subject_id in the spec")
     for modality in schema.modalities:

@@ -9,6 +9,8 @@ from typing import Any
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
 TAILS = ("gaussian", "student")
 FORMS = {"vector": 0, "image": 3, "signal": 2, "text": 1}  # and the dimensions of their shape
+MOST_LEVELS = 1 << 16  # of a feature, or words of a text: far more than anybody has, and few enough for any memory
+MOST_MEMBERS = 32
 DECODERS = ("likelihood", "adversarial", "diffusion")
 
 
@@ -46,6 +48,8 @@ class ModalityConfig:
             raise ValueError(f"modality {self.name!r}: {len(self.levels)} levels for {len(self.kinds)} features")
         if any(n < 2 for n, k in zip(self.levels, self.kinds, strict=True) if k in ("ordinal", "categorical")):
             raise ValueError(f"modality {self.name!r}: ordinal and categorical features need at least 2 levels")
+        if max(self.levels) > MOST_LEVELS:
+            raise ValueError(f"modality {self.name!r}: {max(self.levels)} levels, expected at most {MOST_LEVELS}")
         if not 0 < self.hide <= 1:
             raise ValueError(f"modality {self.name!r}: hide is {self.hide}, expected a value in (0, 1]")
         if self.noise < 0:
@@ -112,6 +116,8 @@ class ModelConfig:
             raise ValueError(f"expected at least one modality, with different names; found {names}")
         if self.impute_draws < 4 or self.impute_draws % 2:
             raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+        if not 1 <= self.members <= MOST_MEMBERS:
+            raise ValueError(f"members is {self.members}, expected 1 to {MOST_MEMBERS}")
         if self.members > 1 and any(m.structured for m in self.modalities):
             raise ValueError(f"members is {self.members}, expected 1 with images, signals or texts")
 

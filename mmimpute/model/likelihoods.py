@@ -90,7 +90,8 @@ class Likelihoods(nn.Module):
         super().__init__()
         index = {k: [i for i, kind in enumerate(config.kinds) if kind == k] for k in KINDS}
         self.kinds = [k for k in KINDS if index[k]]
-        self.levels = {k: max((config.levels[i] for i in index[k]), default=0) for k in ("ordinal", "categorical")}
+        self.levels_F = {k: [config.levels[i] for i in index[k]] for k in ("ordinal", "categorical")}
+        self.levels = {k: max(levels, default=0) for k, levels in self.levels_F.items()}
         self.outputs = {"real": 2, "binary": 1, "count": 2, "ordinal": 1, "categorical": self.levels["categorical"]}
         self.counts = {k: len(index[k]) for k in self.kinds}
         self.size = sum(self.counts[k] * self.outputs[k] for k in self.kinds)
@@ -102,7 +103,7 @@ class Likelihoods(nn.Module):
         self.image = config.form == "image"
         if self.student:
             self.tail_E1F = nn.Parameter(torch.zeros(members, 1, self.counts["real"]))
-        self._marginals(config, standardise, members)
+        self._marginals(standardise, members)
 
     @property
     def freedom_E1F(self) -> Tensor:
@@ -111,7 +112,7 @@ class Likelihoods(nn.Module):
         first = math.log((FIRST_FREEDOM - least) / (most - FIRST_FREEDOM))
         return least + (most - least) * torch.sigmoid(first + TAIL_PACE * self.tail_E1F)
 
-    def _marginals(self, config: ModalityConfig, standardise: Standardise, members: int) -> None:
+    def _marginals(self, standardise: Standardise, members: int) -> None:
         """Offsets that make zero outputs the marginal, and the marginal's score by which each score is divided."""
         mean_D, std_D, unit_D = standardise.mean, standardise.std, standardise.unit
         prevalence_F = mean_D[self.binary_F].clamp(1e-3, 1 - 1e-3)
@@ -119,19 +120,19 @@ class Likelihoods(nn.Module):
         level_F = (mean_D[self.count_F] + 0.5 * std_D[self.count_F].square()).clamp(1e-3, 20)
         self.register_buffer("base_log_mean_F", torch.log(torch.expm1(level_F) * unit_D[self.count_F]))
         if "ordinal" in self.kinds:  # parameters without elements would never get a gradient
-            self._cut_points(config, mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None], members)
-        levels_F = torch.tensor([config.levels[i] for i in self.categorical_F], dtype=torch.long)
+            self._cut_points(mean_D[self.ordinal_F, None], std_D[self.ordinal_F, None], members)
+        levels_F = torch.tensor(self.levels_F["categorical"], dtype=torch.long)
         self.register_buffer("unused_levels_FM", torch.arange(self.levels["categorical"]) >= levels_F[:, None], persistent=False)
         entropy = fn.binary_cross_entropy(prevalence_F, prevalence_F, reduction="none").clamp_min(0.05)
         scale_D = torch.ones_like(mean_D)
         scale_D[self.real_F], scale_D[self.binary_F] = MARGINAL_CRPS, entropy
         scale_D[self.categorical_F] = torch.log(levels_F.float())
-        scale_D[self.ordinal_F] = torch.log(torch.tensor([float(config.levels[i]) for i in self.ordinal_F]))
+        scale_D[self.ordinal_F] = torch.log(torch.tensor(self.levels_F["ordinal"], dtype=torch.float))
         self.register_buffer("marginal_score_D", scale_D)
 
-    def _cut_points(self, config: ModalityConfig, mean_F1: Tensor, std_F1: Tensor, members: int) -> None:
+    def _cut_points(self, mean_F1: Tensor, std_F1: Tensor, members: int) -> None:
         """Trainable cuts, at first those of a logistic of the level's mean and spread."""
-        levels_F = torch.tensor([config.levels[i] for i in self.ordinal_F])
+        levels_F = torch.tensor(self.levels_F["ordinal"])
         step_M = torch.arange(self.levels["ordinal"] - 1)
         cuts_FM = ((step_M + 0.5 - mean_F1) / (0.55 * std_F1)).clamp(-FAR / 2, FAR / 2)
         # Beyond a feature's last level the cut is out of reach.

@@ -3,14 +3,13 @@
 Shape suffixes: N people, D features, C columns, P parts.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.labels import classes
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
@@ -20,8 +19,7 @@ from mmimpute.model.vae import Inputs
 from mmimpute.registry import Model
 
 PARTS = 5  # of cross-fitting, where one member is asked only
-MOST_LEVELS = 20
-NONE = -1  # of people whose label is not known
+NONE = -1  # of people whose label is not known, see `labels.classes`
 
 
 @dataclass(frozen=True)
@@ -64,26 +62,14 @@ class People:
 def people_of(model: Model, x: np.ndarray, place: np.ndarray, label: np.ndarray | None = None, column: str | None = None) -> People:
     """Records that the model's members have not seen. place: hashes of the subjects; label: a column as text, empty where not known.
 
-    Raises UserError where the label has not 2 to MOST_LEVELS levels of SMALLEST_GROUP people or more.
+    Raises UserError as `labels.classes`.
     """
     folds = fold(place, model.module.config.members)
     part = folds if len(np.unique(folds)) > 1 else np.argsort(np.argsort(place, kind="stable")) % PARTS
     if label is None:
         return People(model, x, folds, part, np.full(len(x), NONE), ())
-    levels = levels_of(label, column)
-    index = {level: i for i, level in enumerate(levels)}
-    return People(model, x, folds, part, np.array([index.get(v, NONE) for v in label]), levels)
-
-
-def levels_of(label: np.ndarray, column: str | None) -> tuple[str, ...]:
-    """Levels of a label that enough people have; rarer ones count as not known. Raises UserError as `people_of`."""
-    counts = Counter(v for v in label if v)
-    if len(counts) > MOST_LEVELS:
-        raise UserError(f"--label: {column!r} has {len(counts)} different values; give a column of at most {MOST_LEVELS} classes")
-    levels = tuple(sorted(level for level, people in counts.items() if people >= SMALLEST_GROUP))
-    if len(levels) < 2:
-        raise UserError(f"--label: {column!r} has no two classes of {SMALLEST_GROUP} people or more among those asked about")
-    return levels
+    levels, index = classes(label, f"--label: column {column!r}")
+    return People(model, x, folds, part, index, levels)
 
 
 def check_label(schema: CohortSchema, column: str | None) -> None:
