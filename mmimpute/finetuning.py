@@ -1,6 +1,6 @@
 """A head fitted to a model: classes of labelled records from z0, with the folds of the model's own members."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from mmimpute.data.labels import classes
+from mmimpute.data.profile import SMALLEST_GROUP
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import UserError
@@ -15,6 +16,8 @@ from mmimpute.heads import Target
 from mmimpute.model.head import Head, Labels, fit_full, fit_linear
 from mmimpute.registry import Model
 from mmimpute.spec import FinetuneSettings
+
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the labelled people, from which heads are fitted for the curve
 
 
 def check_targets(model: Model, settings: FinetuneSettings) -> None:
@@ -35,7 +38,8 @@ def fit(
     found = [classes(beside[column], f"finetune: column {column!r}") for column in settings.target]
     classes_NT = torch.from_numpy(np.stack([index for _, index in found], 1))
     fold_N = torch.from_numpy(fold(place, members))
-    labels = Labels.of(classes_NT, [len(levels) for levels, _ in found], fold_N, members, settings.class_weight == "balanced")
+    sizes, balanced = [len(levels) for levels, _ in found], settings.class_weight == "balanced"
+    labels = Labels.of(classes_NT, sizes, fold_N, members, balanced)
     data = to_model(x, model.widths)
     with torch.no_grad():
         inputs = vae.inputs(*data)
@@ -44,8 +48,20 @@ def fit(
     if settings.full:
         head = fit_full(vae, head, inputs, labels, settings.epochs, settings.lr, settings.seed)
     said = out_of_fold(head.members(vae, *data), fold_N)
-    columns = zip(settings.target, found, said, strict=True)
-    return head, tuple(_target(column, *known, p, fold_N.numpy() >= 0) for column, known, p in columns)
+    fewer = {share: _of_fewer(share, z0_ENL, classes_NT, sizes, fold_N, balanced, settings.seed) for share in SHARES}
+    columns = zip(settings.target, found, said, zip(*fewer.values(), strict=True), strict=True)
+    return head, tuple(_target(*known, fold_N.numpy() >= 0) for known in columns)
+
+
+def _of_fewer(
+    share: float, z0_ENL: Tensor, classes_NT: Tensor, sizes: list[int], fold_N: Tensor, balanced: bool, seed: int
+) -> list[tuple[int, np.ndarray]]:
+    """Per target how many labels this share of the people has, and what a linear head that learnt from them says of everybody."""
+    taken_N = torch.from_numpy(np.random.default_rng(seed).random(len(fold_N)) < share)
+    few_NT = torch.where(taken_N[:, None], classes_NT, -1)
+    head = fit_linear(z0_ENL, Labels.of(few_NT, sizes, fold_N, len(z0_ENL), balanced))
+    said = out_of_fold([f_ENC.detach().softmax(2) for f_ENC in head.logits(z0_ENL)], fold_N)
+    return list(zip((few_NT >= 0).sum(0).tolist(), said, strict=True))
 
 
 def out_of_fold(members: list[Tensor], fold_N: Tensor) -> list[np.ndarray]:
@@ -54,9 +70,14 @@ def out_of_fold(members: list[Tensor], fold_N: Tensor) -> list[np.ndarray]:
     return [p_ENC[fold_N.clamp_min(0), rows].numpy() for p_ENC in members]
 
 
-def _target(column: str, levels: tuple[str, ...], index: np.ndarray, p: np.ndarray, judged: np.ndarray) -> Target:
+def _target(
+    column: str, known: tuple[tuple[str, ...], np.ndarray], said: np.ndarray, fewer: Sequence[tuple[int, np.ndarray]], judged: np.ndarray
+) -> Target:
+    levels, index = known
     kept = judged & (index >= 0)
-    return Target(column=column, levels=levels, people=int((index >= 0).sum()), auroc=auroc(index[kept], p[kept]))
+    curve = [(people, auroc(index[kept], p[kept])) for people, p in fewer]
+    told = tuple((people, score) for people, score in curve if score is not None and people >= SMALLEST_GROUP)
+    return Target(column=column, levels=levels, people=int((index >= 0).sum()), auroc=auroc(index[kept], said[kept]), curve=told)
 
 
 def auroc(index: np.ndarray, p: np.ndarray) -> float | None:

@@ -29,13 +29,17 @@ PLACE = re.compile(rf"(.+)/{FOLDER}/([0-9a-f]{{32}})")
 
 
 class Target(BaseModel):
-    """A column and its classes; people: with a label; auroc: out of fold, mean over classes against the others."""
+    """A column and its classes; people: with a label; auroc: out of fold, mean over classes against the others.
+
+    curve: labelled people and AUROC of linear heads that learnt from fewer of them, to tell whether more labels would help.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     column: str
     levels: tuple[str, ...]
     people: int
     auroc: float | None
+    curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def binary(self) -> bool:

@@ -60,6 +60,10 @@ def test_what_a_head_tells_of_itself(head):
     _, targets, _ = head
     assert [(t.levels, t.people, t.binary) for t in targets] == [(("0", "1"), 250, True), (("I", "II", "III"), 250, False)]
     assert all(t.auroc > 0.7 for t in targets)
+    for t in targets:  # what fewer labels give: the last point is the head itself
+        people, scores = zip(*t.curve, strict=True)
+        assert list(people) == sorted(people) and (people[-1], scores[-1]) == (t.people, pytest.approx(t.auroc, abs=1e-6))
+        assert scores[0] < scores[-1]
 
 
 def test_its_auroc_is_that_of_members_that_have_not_seen_the_people(model, head):

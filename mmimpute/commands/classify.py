@@ -30,10 +30,13 @@ def finetune(config: Annotated[Path, typer.Argument(help="the run's configuratio
     if given.finetune is None:
         raise UserError(f"{config}: no table [finetune]; it names the labels, such as target = ['outcome__died']")
     done = jobs.finetune_head(given.model, given.shards, given.finetune, given.cluster)
-    found = new_table(f"{done['rows']:,} labelled records", "target", "people", "classes", "AUROC, out of fold")
+    found = new_table(
+        f"{done['rows']:,} labelled records", "target", "people", "classes", "AUROC, out of fold", "of a linear head by fewer labels"
+    )
     for t in done["targets"]:
         auroc = "-" if t["auroc"] is None else f"{t['auroc']:.3f}"
-        found.add_row(escape(t["column"]), f"{t['people']:,}", escape(", ".join(t["levels"])), auroc)
+        fewer = ", ".join(f"{people:,}: {score:.3f}" for people, score in t["curve"][:-1])
+        found.add_row(escape(t["column"]), f"{t['people']:,}", escape(", ".join(t["levels"])), auroc, fewer)
     console.print(found)
     console.print(f"head: {escape(done['head'])}")
     finish(done["set_aside"])
