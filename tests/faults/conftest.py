@@ -1,5 +1,6 @@
 """A cohort of small shards, the table of a run that nothing disturbed, and a cluster of three nodes to disturb."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,6 +112,12 @@ def reference(cohort, nodes) -> tuple[frozenset[str], pa.Table]:
         done = jobs.impute_cohort(cohort.model, cohort.shards, "s3://faults/reference", SETTINGS, cluster)
     assert done["rows"] == SHARDS * ROWS and not done["set_aside"]
     return committed("s3://faults/reference")
+
+
+@pytest.fixture
+def own_name(request) -> str:
+    """A name that no other test has: moments may be drawn twice, and what is done is found and not done again."""
+    return re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
 
 
 @pytest.fixture

@@ -45,12 +45,13 @@ def restart_later(folder: Path) -> threading.Thread:
 
 
 @pytest.mark.parametrize("at", [[at] for group in moments("store killed", SHARDS * 3 // 4) for at in group], ids=str)
-def test_the_store_is_killed_and_comes_back(at, own_store, nodes, check):
+def test_the_store_is_killed_and_comes_back(at, own_store, own_name, nodes, check):
     folder, endpoint, cohort = own_store
-    output, outages = f"s3://own/killed-at-{at[0]}", []
+    output, outages = f"s3://own/{own_name}", []
     with nodes.connected(**endpoint.environment()) as cluster:
         on_shard = strike(at, lambda: outages.append(restart_later(folder)))
         jobs.impute_cohort(cohort.model, cohort.shards, output, SETTINGS, cluster, on_shard)
+        assert len(outages) == len(at)
         for outage in outages:
             outage.join()
         assert store.status(folder) == endpoint, "it came back at another port"

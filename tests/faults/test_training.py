@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_bits(training, nodes, undisturbed):
 
 
 @pytest.mark.parametrize("at", moments("training worker killed", LAST), ids=str)
-def test_a_training_worker_is_killed(at, training, nodes, undisturbed, note):
+def test_a_training_worker_is_killed(at, training, own_name, nodes, undisturbed, note):
     rng, left, kills = random.Random(str(at)), list(at), []
 
     def strike() -> None:
@@ -60,23 +60,22 @@ def test_a_training_worker_is_killed(at, training, nodes, undisturbed, note):
             left.pop(0)
             threading.Timer(rng.uniform(0, 0.5), strike).start()  # at some step of the next epoch
 
-    assert fitted(training, nodes, "worker-" + "-".join(map(str, at)), on_progress) == undisturbed
+    assert fitted(training, nodes, own_name, on_progress) == undisturbed
     assert len(kills) == len(at)
     note("training worker killed", len(at), 0, 0)
 
 
 @pytest.mark.parametrize("at", moments("training driver killed", LAST, FEW), ids=str)
-def test_the_driver_of_a_training_is_killed(at, training, nodes, undisturbed, tmp_path, note):
+def test_the_driver_of_a_training_is_killed(at, training, own_name, nodes, undisturbed, tmp_path, note):
     shards, spec, place = training
-    name = "driver-" + "-".join(map(str, at))
     for number, epoch in enumerate(at):
         log = tmp_path / f"{number}.log"
-        with driver(log, "-m", "tests.faults.fit", shards, f"{place}/{name}", spec, nodes.cluster.address) as run:
+        with driver(log, "-m", "tests.faults.fit", shards, f"{place}/{own_name}", spec, nodes.cluster.address) as run:
             wait_until(lambda: f"epoch {epoch}\n" in log.read_text() or run.process.poll() is not None, 180, log.read_text)  # noqa: B023
             time.sleep(random.Random(epoch).uniform(0, 0.5))
             run.process.kill()
             run.wait(10)
     seen = []
-    assert fitted(training, nodes, name, seen.append) == undisturbed
+    assert fitted(training, nodes, own_name, seen.append) == undisturbed
     assert seen[-1]["epoch"] == SETTINGS.epochs and next(r["epoch"] for r in seen if "epoch" in r) > 1, "it began anew"
     note("training driver killed", len(at), 0, 0)
