@@ -16,10 +16,11 @@ Tails = Literal["gaussian", "student"]
 Decoder = Literal["likelihood", "adversarial", "diffusion"]
 Form = Literal["vector", "image", "signal", "text"]
 Task = Literal["coherence", "quality", "likelihood", "probe", "retrieval"]
+Settings = TypeVar("Settings", bound=BaseModel)
 LABELLED = ("coherence", "quality", "probe")  # tasks that need a label
 
 
-def _name(name: str) -> str:
+def modality_name(name: str) -> str:
     if not name or "__" in name:
         raise ValueError("a modality's name is not empty and has no '__' in it")
     return name
@@ -118,7 +119,7 @@ class CohortSpec(_Settings):
     timestamp: str | None = Field(None, description="event time, for feature stores; never an input to the model")
     outcomes: tuple[str, ...] = Field((), description="columns (a trailing * is a wildcard) that the model never reads")
     subgroups: tuple[str, ...] = Field((), description="scalar columns (sex, age, ...) by whose groups a model card tells the accuracy")
-    modalities: dict[Annotated[str, AfterValidator(_name)], ModalitySpec] = Field(min_length=1)
+    modalities: dict[Annotated[str, AfterValidator(modality_name)], ModalitySpec] = Field(min_length=1)
     contrastive: ContrastiveSpec | None = None
 
     @model_validator(mode="after")
@@ -294,6 +295,11 @@ def read_spec(path: str | Path) -> CohortSpec:
 def read_rules(path: str | Path) -> AlertRules:
     """The alert rules in a TOML file. Raises UserError that says where and what is allowed."""
     return validated(AlertRules, _toml(path), str(path))
+
+
+def read_toml(model: type[Settings], path: str | Path) -> Settings:
+    """Settings of another kind in a TOML file. Raises UserError that says where and what is allowed."""
+    return validated(model, _toml(path), str(path))
 
 
 def read_config(path: str | Path) -> RunConfig:
