@@ -1,5 +1,6 @@
 """`mmimpute ingest` and `mmimpute export`: clinical data standards in and out."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,12 @@ from rich.markup import escape
 
 from mmimpute.commands.finish import finish
 from mmimpute.console import console, watch
+from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings
 
 ingest_app = typer.Typer(no_args_is_help=True, help="Clinical data standards into shards of records.")
+Dataset = Annotated[str, typer.Option(help="URL to write the MEDS dataset to; empty")]
+Memory = Annotated[str, typer.Option(help="most that DuckDB holds, such as 4GB; default: four fifths of the machine's")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
 
 
@@ -41,4 +45,53 @@ def meds(
     )
     for name, features in done["features"].items():
         console.print(f"  {escape(name)}: {features:,} features")
+    finish(done["set_aside"])
+
+
+@ingest_app.command()
+def omop(
+    url: Annotated[str, typer.Argument(help="URL of a folder of Parquet (<table>.parquet, <table>/*.parquet), or a DuckDB database file")],
+    output: Dataset,
+    memory: Memory = "",
+) -> None:
+    """Turn OMOP CDM tables into a MEDS dataset, for `mmimpute ingest meds`.
+
+    Codes are <vocabulary>//<code> of the table concept, by the standard concept and, where it is another, the source concept.
+
+    Example: mmimpute ingest omop s3://bucket/omop/ --output s3://bucket/meds/
+    """
+    _check_duckdb()
+    from mmimpute.standards import omop
+
+    _tell(omop.to_meds(url, output, memory), "tables", "rows", output)
+
+
+@ingest_app.command()
+def fhir(
+    url: Annotated[str, typer.Argument(help="URL of a FHIR bulk export: Patient.ndjson, Observation.000.ndjson.gz, ...")],
+    output: Dataset,
+    key: Annotated[Path, typer.Option(help="file of the secret by which ids become numbers; made where there is none: keep it, privately")],
+    memory: Memory = "",
+) -> None:
+    """Turn a FHIR bulk export (R4, R5) into a MEDS dataset, for `mmimpute ingest meds`.
+
+    Codes are <code system>//<code>; each coding is an event. Subject ids become numbers, the same ones whenever the key is the same.
+
+    Example: mmimpute ingest fhir s3://bucket/fhir/ --output s3://bucket/meds/ --key subjects.key
+    """
+    _check_duckdb()
+    from mmimpute.standards import fhir
+
+    _tell(fhir.to_meds(url, output, fhir.subject_key(key), memory), "resources", "resources", output)
+
+
+def _check_duckdb() -> None:
+    if find_spec("duckdb") is None:
+        raise UserError("OMOP and FHIR need DuckDB: pip install 'mmimpute[standards]'")
+
+
+def _tell(done: dict, parts: str, what: str, output: str) -> None:
+    for name, (read, events) in done[parts].items():
+        console.print(f"  {name}: {events:,} events of {read:,} {what}")
+    console.print(f"{done['events']:,} events of {done['subjects']:,} subjects in {done['shards']} shards: {escape(output)}")
     finish(done["set_aside"])
