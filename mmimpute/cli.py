@@ -15,7 +15,7 @@ from mmimpute.commands.features import features_app
 from mmimpute.commands.finish import finish
 from mmimpute.commands.operate import operate_app
 from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
-from mmimpute.commands.standards import ingest_app
+from mmimpute.commands.standards import export_app, ingest_app
 from mmimpute.commands.store import store_app
 from mmimpute.commands.tasks import task_tables, tasks_app
 from mmimpute.console import (
@@ -50,6 +50,7 @@ app.add_typer(classify_app)
 app.add_typer(store_app, name="store")
 app.add_typer(features_app, name="features")
 app.add_typer(ingest_app, name="ingest")
+app.add_typer(export_app, name="export")
 evaluate_app = typer.Typer(invoke_without_command=True)
 app.add_typer(evaluate_app, name="evaluate")
 

@@ -26,6 +26,7 @@ LAYERS = [
         "mmimpute.imputing",
         "mmimpute.metrics",
         "mmimpute.exporting",
+        "mmimpute.standards.export",
         "mmimpute.features",
         "mmimpute.verifying",
         "mmimpute.generating",

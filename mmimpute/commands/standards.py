@@ -8,11 +8,13 @@ import typer
 from rich.markup import escape
 
 from mmimpute.commands.finish import finish
+from mmimpute.commands.options import TABLE_HELP, ModelUrl
 from mmimpute.console import console, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings
 
 ingest_app = typer.Typer(no_args_is_help=True, help="Clinical data standards into shards of records.")
+export_app = typer.Typer(no_args_is_help=True, help="Imputed values out into clinical data standards.")
 Dataset = Annotated[str, typer.Option(help="URL to write the MEDS dataset to; empty")]
 Memory = Annotated[str, typer.Option(help="most that DuckDB holds, such as 4GB; default: four fifths of the machine's")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
@@ -95,3 +97,23 @@ def _tell(done: dict, parts: str, what: str, output: str) -> None:
         console.print(f"  {name}: {events:,} events of {read:,} {what}")
     console.print(f"{done['events']:,} events of {done['subjects']:,} subjects in {done['shards']} shards: {escape(output)}")
     finish(done["set_aside"])
+
+
+@export_app.command("meds")
+def export_meds(
+    model: ModelUrl,
+    output: Annotated[str, typer.Option(help=TABLE_HELP)],
+    to: Dataset,
+) -> None:
+    """Write what was imputed, and nothing else, as a MEDS dataset: codes MMIMPUTE//<modality>//<feature>, at the index time.
+
+    Example: mmimpute export meds --model s3://bucket/model/ --output s3://bucket/enriched/ --to s3://bucket/imputed-meds/
+    """
+    from mmimpute import registry
+    from mmimpute.standards.export import export
+
+    done = export(registry.describe(model).cohort, output, to)
+    console.print(
+        f"table version {done['version']}: {done['events']:,} imputed values of {done['rows'] - done['undated']:,} records, "
+        f"{done['codes']:,} codes ({done['undated']:,} records without an index time left out): {escape(to)}"
+    )

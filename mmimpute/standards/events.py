@@ -97,9 +97,3 @@ def _by_shard(batches: pa.RecordBatchReader) -> Iterator[tuple[int, pa.Table]]:
             start = stop
     if held:
         yield current, pa.Table.from_batches(held)
-
-
-def check_empty(url: str) -> None:
-    """Raises UserError where a place holds a dataset already, of which shards could be left over."""
-    if (storage.is_s3(url) or storage.local_path(url).exists()) and next(storage.objects(url, retry=storage.PROMPT), None):
-        raise UserError(f"{url}: holds something already; give an empty place")

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from mmimpute.errors import UserError
 from mmimpute.spec import Kind, modality_name, read_toml
 
 Value = Literal["presence", "count", "last", "mean", "min", "max", "since"]
+VALUES: tuple[Value, ...] = get_args(Value)
 KINDS: dict[str, Kind] = {"presence": "binary", "count": "count"}  # the others are real
 INDEX_TIMES = ("index_time", "prediction_time", "time")  # names of a cohort file's index time; the second is that of MEDS labels
 

@@ -13,8 +13,8 @@ import duckdb
 
 from mmimpute.data import storage
 from mmimpute.errors import UserError
-from mmimpute.standards.events import SHARD_SUBJECTS, Connection, check_empty, count, open_to, publish, workplace
-from mmimpute.standards.meds import BIRTH, DEATH
+from mmimpute.standards.events import SHARD_SUBJECTS, Connection, count, open_to, publish, workplace
+from mmimpute.standards.meds import BIRTH, DEATH, check_empty
 
 SUFFIXES = (".ndjson", ".ndjson.gz", ".jsonl", ".jsonl.gz")
 SYSTEMS = {

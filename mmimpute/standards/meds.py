@@ -157,10 +157,19 @@ def publish_events(url: str, key: str, events: pa.Table) -> None:
     publish_table(storage.join(url, DATA), key, events.select(EVENTS.names).cast(EVENTS))
 
 
-def publish_metadata(url: str, name: str, codes: Iterable[tuple[str, str | None, list[str] | None]]) -> None:
-    """codes: (code, description, parent codes) of every code in the data."""
+def publish_metadata(
+    url: str, name: str, codes: Iterable[tuple[str, str | None, list[str] | None]], beside: list[str] | None = None
+) -> None:
+    """codes: (code, description, parent codes) of every code in the data; beside: columns of the data that MEDS does not know."""
     columns = [list(c) for c in zip(*sorted(codes, key=lambda c: c[0]), strict=True)] or [[], [], []]
     publish_table(storage.join(url, "metadata"), "codes.parquet", pa.table(columns, schema=CODES))
     told = {"dataset_name": name, "etl_name": "mmimpute", "etl_version": mmimpute.__version__, "meds_version": VERSION}
+    told |= {"other_extension_columns": beside} if beside else {}
     told["created_at"] = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="seconds")
     storage.write(storage.join(url, "metadata"), "dataset.json", json.dumps(told, indent=1).encode())
+
+
+def check_empty(url: str) -> None:
+    """Raises UserError where a place holds a dataset already, of which shards could be left over."""
+    if (storage.is_s3(url) or storage.local_path(url).exists()) and next(storage.objects(url, retry=storage.PROMPT), None):
+        raise UserError(f"{url}: holds something already; give an empty place")
