@@ -52,7 +52,12 @@ def meds(
 
 @ingest_app.command()
 def omop(
-    url: Annotated[str, typer.Argument(help="URL of a folder of Parquet (<table>.parquet, <table>/*.parquet), or a DuckDB database file")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="URL of a folder of Parquet (<table>.parquet, <table>/*.parquet), a DuckDB file, postgresql://..., sqlite:///path"
+        ),
+    ],
     output: Dataset,
     memory: Memory = "",
 ) -> None:

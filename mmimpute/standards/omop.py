@@ -4,7 +4,6 @@ https://ohdsi.github.io/CommonDataModel/cdm54.html. Codes are `<vocabulary>//<co
 there, `OMOP//<concept id>`; where a row has no concept (0) `OMOP_SOURCE//<source value>`. Nothing is mapped to another vocabulary.
 """
 
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -12,10 +11,9 @@ import duckdb
 
 from mmimpute.data import storage
 from mmimpute.errors import UserError
+from mmimpute.standards import database
 from mmimpute.standards.events import SHARD_SUBJECTS, Connection, count, open_to, publish, workplace
 from mmimpute.standards.meds import BIRTH, DEATH, check_empty
-
-DATABASES = (".duckdb", ".db")
 
 
 class EventTable(NamedTuple):
@@ -49,7 +47,7 @@ class Source(NamedTuple):
 
 
 def to_meds(url: str, output: str, memory: str = "", per_shard: int = SHARD_SUBJECTS) -> dict:
-    """Writes a MEDS dataset. url: a folder of Parquet, <table>.parquet or <table>/*.parquet, or a DuckDB database file.
+    """Writes a MEDS dataset. url: a folder of Parquet, <table>.parquet or <table>/*.parquet, or a database (see `database`).
 
     Returns what `events.publish` does and {tables: {name: [rows, events of them]}, set_aside: {table: why}}.
     Raises UserError where there is no table person or no event, or the output is not empty.
@@ -59,7 +57,7 @@ def to_meds(url: str, output: str, memory: str = "", per_shard: int = SHARD_SUBJ
     with workplace(memory) as con:
         found = _sources(con, url)
         if "person" not in found:
-            raise UserError(f"{url}: no table person; expected <table>.parquet, <table>/*.parquet, or a file *.duckdb that has the tables")
+            raise UserError(f"{url}: no table person; expected <table>.parquet, <table>/*.parquet, or a database that has the tables")
         con.execute("CREATE TABLE concepts (id BIGINT, code VARCHAR, name VARCHAR)")
         for name in [n for n in ("concept", "person", "death", *TABLES) if n in found]:
             try:
@@ -69,8 +67,8 @@ def to_meds(url: str, output: str, memory: str = "", per_shard: int = SHARD_SUBJ
                 else:
                     told[name] = _append(con, name, source)
             except duckdb.Error as error:  # its message may hold a value
-                aside[name] = f"table {name}: found what DuckDB cannot read ({type(error).__name__}); expected whole Parquet files"
-        done = publish(con, output, PurePosixPath(url.rstrip("/")).stem, aside, per_shard)
+                aside[name] = f"table {name}: found what DuckDB cannot read ({type(error).__name__}); expected whole files of it"
+        done = publish(con, output, PurePosixPath(url.rstrip("/").partition("?")[0]).stem, aside, per_shard)
     return done | {"tables": told}
 
 
@@ -84,8 +82,8 @@ def _append(con: Connection, name: str, source: Source) -> list[int]:
 
 def _sources(con: Connection, url: str) -> dict[str, str]:
     """The tables that there are, as SQL names them."""
-    if not storage.is_s3(url) and url.endswith(DATABASES):
-        return dict(_attached(con, url))
+    if database.is_database(url):
+        return database.tables(con, url, {*TABLES, *OTHERS})
     name, files = open_to(con, url), {}
     for o in storage.list_objects(url, ".parquet", storage.PROMPT):
         parts = PurePosixPath(o.key.lower()).with_suffix("").parts
@@ -93,21 +91,6 @@ def _sources(con: Connection, url: str) -> dict[str, str]:
             files.setdefault(table, []).append(name(o.key))
     quoted = {table: ", ".join("'" + f.replace("'", "''") + "'" for f in found) for table, found in files.items()}
     return {table: f"read_parquet([{found}], union_by_name = true)" for table, found in quoted.items()}
-
-
-def _attached(con: Connection, url: str) -> Iterator[tuple[str, str]]:
-    path = storage.local_path(url)
-    if not path.is_file():
-        raise UserError(f"{url}: no such file")
-    try:
-        con.execute(f"ATTACH '{str(path).replace(chr(39), chr(39) * 2)}' AS cdm (READ_ONLY)")
-    except duckdb.Error:
-        raise UserError(f"{url}: no DuckDB database, or one that another process writes to") from None
-    found = "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'cdm' UNION ALL "
-    found += "SELECT schema_name, view_name FROM duckdb_views() WHERE database_name = 'cdm' AND NOT internal"
-    for schema, table in con.execute(found).fetchall():
-        if table.lower() in {*TABLES, *OTHERS}:
-            yield table.lower(), f'cdm."{schema}"."{table}"'
 
 
 def _described(con: Connection, sql: str) -> Source:

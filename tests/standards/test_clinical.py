@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import sqlite3
 import stat
+from contextlib import closing
 from datetime import date, datetime, timedelta
 
 import duckdb
@@ -289,3 +291,23 @@ def test_omop_keeps_source_concepts_and_source_values(tmp_path):
         omop.to_meds(str(tmp_path / "bad"), str(tmp_path / "none"))
     with pytest.raises(UserError, match="no table person"):
         omop.to_meds(str(tmp_path / "meds"), str(tmp_path / "none"))
+
+
+def test_omop_in_a_database_is_as_in_parquet(tmp_path):
+    tables = omop_tables(facts(12))
+    for name, table in tables.items():
+        publish_table(f"{tmp_path}/omop", f"{name}.parquet", table)
+    with closing(sqlite3.connect(tmp_path / "cdm.sqlite")) as con:
+        for name, table in tables.items():
+            con.execute(f"CREATE TABLE {name.upper()} ({', '.join(table.column_names)})")
+            rows = [[str(v) if isinstance(v, date) else v for v in row.values()] for row in table.to_pylist()]
+            con.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * table.num_columns)})", rows)
+        con.commit()
+    told = omop.to_meds(f"sqlite://{tmp_path}/cdm.sqlite", f"{tmp_path}/a")
+    other = omop.to_meds(f"{tmp_path}/omop", f"{tmp_path}/b")
+    assert told == other and dataset(f"{tmp_path}/a").equals(dataset(f"{tmp_path}/b"))
+    with pytest.raises(UserError, match="sqlite database: cannot be read"):
+        omop.to_meds(f"sqlite://{tmp_path}/none.sqlite", f"{tmp_path}/c")
+    with pytest.raises(UserError, match="the URL holds a password") as error:
+        omop.to_meds("postgresql://me:verysecret@localhost/cdm", f"{tmp_path}/c")
+    assert "verysecret" not in str(error.value)
