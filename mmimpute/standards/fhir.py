@@ -70,12 +70,17 @@ COLUMNS = {
         "component": _VALUE + "[]",
         **VALUE,
     },
+    "Medication": {  # before the requests that refer to it
+        "id": "VARCHAR",
+        "code": CONCEPT,
+    },
     "MedicationRequest": {
         "subject": REFERENCE,
         "status": "VARCHAR",
         "doNotPerform": "BOOLEAN",
         "medicationCodeableConcept": CONCEPT,
-        "medication": f"STRUCT(concept {CONCEPT})",
+        "medicationReference": REFERENCE,
+        "medication": f"STRUCT(concept {CONCEPT}, reference {REFERENCE})",
         "authoredOn": "VARCHAR",
     },
     "Procedure": {
@@ -105,7 +110,7 @@ PARTS = {
         "status IN ('entered-in-error', 'cancelled')",
     ),
     "MedicationRequest": (
-        "coalesce(medicationCodeableConcept, medication.concept)",
+        "coalesce(medicationCodeableConcept, medication.concept, referred)",
         "authoredOn",
         ("NULL", "NULL"),
         "status IN ('entered-in-error', 'cancelled', 'draft') OR doNotPerform",
@@ -170,11 +175,13 @@ def subject_key(path: Path) -> str:
 
 
 def _define(con: Connection, key: str) -> None:
+    con.execute(f"CREATE TABLE medications (id VARCHAR, concept {CONCEPT})")
     con.execute("SET VARIABLE key = $key", {"key": key})
     con.execute("SET VARIABLE systems = map($names, $short)", {"names": list(SYSTEMS), "short": list(SYSTEMS.values())})
     con.execute(
         "CREATE TEMP MACRO subject_number(id) AS ('0x' || substr(sha256(getvariable('key') || '/' || nullif(id, '')), 1, 15))::BIGINT;"
-        "CREATE TEMP MACRO referenced(ref) AS subject_number(regexp_extract(ref, '(?:(?:^|/)Patient/|^urn:uuid:|^urn:oid:)([^/]+)', 1));"
+        "CREATE TEMP MACRO identified(ref, kind) AS regexp_extract(ref, '(?:(?:^|/)' || kind || '/|^urn:uuid:|^urn:oid:)([^/]+)', 1);"
+        "CREATE TEMP MACRO referenced(ref) AS subject_number(identified(ref, 'Patient'));"
         "CREATE TEMP MACRO moment(t) AS try_cast(CASE length(t) WHEN 4 THEN t || '-01-01' WHEN 7 THEN t || '-01' ELSE t END AS TIMESTAMPTZ)"
         " AT TIME ZONE 'UTC';"
         "CREATE TEMP MACRO coded(c) AS coalesce(getvariable('systems')[c.system], c.system, 'UNKNOWN') || '//' || c.code;"
@@ -210,6 +217,11 @@ def _append(con: Connection, resource: str) -> list[int]:
             usable = "s IS NOT NULL" if time == "NULL" else "s IS NOT NULL AND t IS NOT NULL"
             rows = f"SELECT subject_number(id) AS s, {time} AS t, {code} AS code FROM {source} WHERE {has} IS NOT NULL"
             con.execute(f"INSERT INTO events SELECT s, t, code, NULL, NULL, NULL, {usable} FROM ({rows})")
+    elif resource == "Medication":
+        con.execute(f"INSERT INTO medications SELECT id, any_value(code) FROM {source} GROUP BY id")
+    elif resource == "MedicationRequest":
+        to = "identified(coalesce(medicationReference.reference, medication.reference.reference), 'Medication')"
+        _append_coded(con, resource, f"(SELECT r.*, m.concept AS referred FROM {source} r LEFT JOIN medications m ON m.id = {to})")
     else:
         _append_coded(con, resource, source)
     con.execute(f"DROP TABLE {source}")

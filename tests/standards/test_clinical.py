@@ -213,6 +213,17 @@ def test_every_coding_is_an_event_and_what_has_none_keeps_its_text(exported):
     assert {e["time"] for e in events} == {datetime(2020, 3, 1)} and told["resources"] == {"Condition": [3, 5]}
 
 
+def test_a_medication_may_be_a_resource_of_its_own(exported):
+    to = [
+        {"medicationReference": {"reference": "Medication/m"}},
+        {"medication": {"reference": {"reference": "http://x.org/fhir/Medication/m"}}},
+    ]
+    asked = [A | {"authoredOn": "2020-01-01"} | t for t in (*to, {"medicationReference": {"reference": "Medication/unknown"}})]
+    events, _ = exported(Medication=[{"id": "m", "code": concept("RxNorm//860975")}], MedicationRequest=asked)
+    assert sorted(e["code"] for e in events) == ["RxNorm//860975", "RxNorm//860975", "UNCODED//MedicationRequest"]
+    assert {e["subject_id"] for e in events} == {number_of("a")}
+
+
 def test_what_was_not_so_is_left_out(exported):
     code, when = {"code": concept("LOINC//1-1")}, {"effectiveDateTime": "2020-01-01"}
     refuted = {"verificationStatus": {"coding": [{"code": "refuted"}]}, "recordedDate": "2020-01-01"}
