@@ -16,7 +16,6 @@ Tails = Literal["gaussian", "student"]
 Decoder = Literal["likelihood", "adversarial", "diffusion"]
 Form = Literal["vector", "image", "signal", "text"]
 Task = Literal["coherence", "quality", "likelihood", "probe", "retrieval"]
-Settings = TypeVar("Settings", bound=BaseModel)
 LABELLED = ("coherence", "quality", "probe")  # tasks that need a label
 
 
@@ -297,7 +296,7 @@ def read_rules(path: str | Path) -> AlertRules:
     return validated(AlertRules, _toml(path), str(path))
 
 
-def read_toml(model: type[Settings], path: str | Path) -> Settings:
+def read_toml(model: type[M], path: str | Path) -> M:
     """Settings of another kind in a TOML file. Raises UserError that says where and what is allowed."""
     return validated(model, _toml(path), str(path))
 

@@ -50,7 +50,7 @@ class Source:
     def made_from(self, shard: Shard, vocabulary: Vocabulary) -> str:
         """Stands for all that a shard's records depend on."""
         beside = [found.etag if found else "" for found in (self.cohort, self.splits)]
-        return digest(shard.key, shard.etag, vocabulary.model_dump_json(), *beside, mmimpute.__version__)
+        return digest(shard.key, shard.etag, vocabulary.digest, *beside, mmimpute.__version__)
 
     def read(self, shard: Shard) -> tuple[Events, Window]:
         """Raises DataError where the shard is bad."""

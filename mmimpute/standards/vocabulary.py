@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 
+from mmimpute.data.table import digest
 from mmimpute.errors import UserError
 from mmimpute.spec import Kind
 from mmimpute.standards.features import KINDS, FeatureSpec, Value
@@ -19,6 +21,10 @@ class Vocabulary(BaseModel):
     spec: str
     subjects: int
     modalities: dict[str, tuple[tuple[str, Value], ...]]
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.model_dump_json())
 
 
 def add(total: Counts, found: Counts) -> None:

@@ -49,7 +49,7 @@ def expected(rows: list[tuple], days: float) -> dict | None:
 def shards(draw) -> list[tuple]:
     rows = []
     for subject in range(draw(st.integers(1, 4))):
-        days = sorted(draw(st.lists(st.integers(0, 300), max_size=8)))
+        days = sorted(draw(st.lists(st.sampled_from([0, 50, 100, 101, 200, 201, 300]), max_size=8)))  # the edges of windows
         times = [None] * draw(st.integers(0, 2)) + [START + timedelta(days=d) for d in days]
         numbers = st.one_of(st.none(), st.floats(-1e6, 1e6, width=32))
         rows += [(subject * 7 - 3, time, draw(st.sampled_from(CODES)), draw(numbers)) for time in times]
