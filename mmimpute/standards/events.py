@@ -68,7 +68,8 @@ def publish(con: Connection, url: str, name: str, aside: dict[str, str], per_sha
         raise UserError("\n".join([f"{name}: no event with a subject, a time and a code", *aside.values()]))
     shards = -(-subjects // per_shard)
     rows = con.sql(
-        "SELECT subject_id, time, code, numeric_value, text_value, abs(subject_id % $shards) AS shard FROM events WHERE usable "
+        "SELECT subject_id, time, code, if(isfinite(numeric_value), numeric_value, NULL) AS numeric_value, text_value, "
+        "abs(subject_id % $shards) AS shard FROM events WHERE usable "
         "ORDER BY shard, subject_id, time NULLS FIRST, code, numeric_value, text_value",
         params={"shards": shards},
     ).to_arrow_reader(BATCH)

@@ -78,14 +78,25 @@ def read_beside(url: str) -> tuple[pa.Table, str]:
     folder, name = storage.normalise(url).rsplit("/", 1)
     try:
         content, etag = storage.read_version(folder or "/", name)
-        if PurePosixPath(name).suffix == ".csv":
-            empty_is_null = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-            return csv.read_csv(io.BytesIO(content), convert_options=empty_is_null), etag
-        return pq.read_table(pa.BufferReader(content)), etag
+        table = _parsed(content, PurePosixPath(name).suffix)
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
-    except pa.ArrowInvalid:  # its message may hold a value
+    except (pa.ArrowException, OSError, UnicodeDecodeError):  # its message may hold a value
         raise UserError(f"{url}: no readable Parquet or CSV file") from None
+    if len(set(table.column_names)) < table.num_columns:
+        raise UserError(f"{url}: two columns have the same name")
+    return table, etag
+
+
+def _parsed(content: bytes, suffix: str) -> pa.Table:
+    if suffix != ".csv":
+        table = pq.read_table(pa.BufferReader(content))
+    else:
+        empty_is_null = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+        table = csv.read_csv(io.BytesIO(content), convert_options=empty_is_null)
+    table.validate(full=True)
+    table.schema.names  # noqa: B018  names that are no UTF-8 are found here
+    return table
 
 
 class Lookup(NamedTuple):

@@ -182,7 +182,8 @@ def _define(con: Connection, key: str) -> None:
         "CREATE TEMP MACRO subject_number(id) AS ('0x' || substr(sha256(getvariable('key') || '/' || nullif(id, '')), 1, 15))::BIGINT;"
         "CREATE TEMP MACRO identified(ref, kind) AS regexp_extract(ref, '(?:(?:^|/)' || kind || '/|^urn:uuid:|^urn:oid:)([^/]+)', 1);"
         "CREATE TEMP MACRO referenced(ref) AS subject_number(identified(ref, 'Patient'));"
-        "CREATE TEMP MACRO moment(t) AS try_cast(CASE length(t) WHEN 4 THEN t || '-01-01' WHEN 7 THEN t || '-01' ELSE t END AS TIMESTAMPTZ)"
+        "CREATE TEMP MACRO whole_date(t) AS CASE length(t) WHEN 4 THEN t || '-01-01' WHEN 7 THEN t || '-01' ELSE t END;"
+        "CREATE TEMP MACRO moment(t) AS if(regexp_matches(t, '^[0-9]{4}(-|$)'), try_cast(whole_date(t) AS TIMESTAMPTZ), NULL)"
         " AT TIME ZONE 'UTC';"
         "CREATE TEMP MACRO coded(c) AS coalesce(getvariable('systems')[c.system], c.system, 'UNKNOWN') || '//' || c.code;"
     )
@@ -238,7 +239,7 @@ def _append_coded(con: Connection, resource: str, source: str) -> None:
     codings = "list_filter(concept.coding, lambda c: c.code IS NOT NULL)"
     each = f"SELECT *, unnest(if(len({codings}) > 0, {codings}, [NULL])) AS coding FROM ({rows})"
     con.execute(
-        "INSERT INTO events SELECT s, t, coalesce(coded(coding), $uncoded), number, "
+        "INSERT INTO events SELECT s, t, coalesce(coded(coding), $uncoded), try_cast(number AS FLOAT), "
         "coalesce(said, if(coding IS NULL, concept.text, NULL)), coding.display, "
         f"valid AND s IS NOT NULL AND t IS NOT NULL FROM ({each})",
         {"uncoded": f"UNCODED//{resource}"},

@@ -195,6 +195,13 @@ def test_a_blood_pressure_is_its_components(exported):
     assert {e["code"]: e["numeric_value"] for e in events} == {"LOINC//85354-9": None, "LOINC//8480-6": 120, "LOINC//8462-4": 80}
 
 
+def test_numbers_and_times_beyond_medss_are_none(exported):
+    values = [(1e39, "2020-01-01"), (-2, "2020-01-01"), (1, "-798"), (1, "20200101"), (1, "next week")]
+    code = {"code": concept("LOINC//1-1")}
+    events, told = exported(Observation=[A | code | {"effectiveDateTime": t, "valueQuantity": {"value": v}} for v, t in values])
+    assert [e["numeric_value"] for e in events] == [-2, None] and told["resources"] == {"Observation": [5, 2]}
+
+
 def test_every_coding_is_an_event_and_what_has_none_keeps_its_text(exported):
     both = {
         "coding": concept("SNOMED//1")["coding"]

@@ -1,11 +1,14 @@
 """MEDS shards into records: against plain Python, and what is said of shards that are not as MEDS has them."""
 
+import io
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mmimpute.data import storage
@@ -16,6 +19,8 @@ from mmimpute.standards.features import FeatureSpec, read_features, resolve
 from mmimpute.standards.meds import read_events
 from mmimpute.standards.records import Source, count, publish_records
 from mmimpute.standards.vocabulary import Vocabulary, add, settle
+from mmimpute.standards.windows import groups
+from tests.fuzz.mutations import damaged_bytes
 from tests.standards.datasets import CODES, START, events, to_table, write_dataset
 
 VALUES = ["presence", "count", "last", "mean", "min", "max", "since"]
@@ -87,6 +92,12 @@ def test_values_are_those_of_plain_python(tmp_path_factory, rows):
             found = record[name] or [None] * len(values)  # nothing but nulls is null
             assert [v is None for v in found] == [v is None for v in values]
             np.testing.assert_allclose(*(np.array(v, float) for v in (found, values)), rtol=1e-5)
+
+
+def test_events_of_a_group_stay_in_the_order_of_time():
+    row, column = np.sort(np.random.default_rng(0).integers(0, 3, 2000)), np.random.default_rng(1).integers(0, 2, 2000)
+    found = groups(row, column, 2)
+    assert found.order.tolist() == np.lexsort((np.arange(2000), column, row)).tolist() and found.size.sum() == 2000
 
 
 def test_only_training_subjects_choose_the_vocabulary(tmp_path):
@@ -223,3 +234,25 @@ def test_a_wrong_cohort_file_is_told_in_one_message(tmp_path, name):
         (tmp_path / "c.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         Source.of(str(tmp_path), spec(cohort=str(tmp_path / "c.csv")))
+
+
+TEXT = 'cohort = "c.csv"\ndays = 3.5\nmin_subjects = 10\n[modalities.a]\ncodes = ["A//"]\nvalues = ["last", "count"]\nmin_subjects = 12\n'
+LABELS = "subject_id,prediction_time,boolean_value\n1,2020-01-01T00:00:00,1\n2,2020-01-02,0\n"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.data())
+def test_damaged_files_are_refused_or_read(tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("damaged")
+    shard = io.BytesIO()
+    pq.write_table(to_table(events(range(3))), shard)
+    storage.write(f"{place}/data", "0.parquet", data.draw(damaged_bytes(shard.getvalue())))
+    (place / "c.csv").write_bytes(data.draw(damaged_bytes(LABELS.encode())))
+    (place / "f.toml").write_bytes(data.draw(damaged_bytes(TEXT.encode())))
+    for call in (
+        lambda: read_events(f"{place}/data", shard_of(str(place))),
+        lambda: read_features(place / "f.toml"),
+        lambda: Source.of(str(place), spec(cohort=f"{place}/c.csv")),
+    ):
+        with suppress(DataError, UserError):
+            call()
