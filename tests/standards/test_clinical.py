@@ -22,6 +22,7 @@ from mmimpute.standards import fhir, omop
 from mmimpute.standards.features import FeatureSpec
 from mmimpute.standards.records import Source, count
 from mmimpute.standards.vocabulary import add
+from tests.test_cli import run
 
 KEY = "a secret of at least thirty-two characters"
 # (name, OMOP concept id, OMOP table, FHIR resource)
@@ -267,6 +268,25 @@ def test_bad_lines_and_files_are_named_and_the_others_read(tmp_path):
         fhir.to_meds(str(tmp_path / "in"), str(tmp_path / "out"), KEY)
     with pytest.raises(UserError, match=r"no file such as Patient\.ndjson"):
         fhir.to_meds(str(tmp_path / "out"), str(tmp_path / "other"), KEY)
+
+
+def test_ids_are_neither_printed_nor_in_the_dataset(monkeypatch, capsys, tmp_path):
+    patient = {
+        "resourceType": "Patient",
+        "id": "planted-77",
+        "gender": "male",
+        "identifier": [{"value": "planted-78"}],
+        "birthDate": "1950",
+    }
+    write_lines(tmp_path / "in", "Patient.ndjson", [patient, {"resourceType": "Person", "id": "planted-79"}])
+    options = ("--output", str(tmp_path / "out"), "--key", str(tmp_path / "key"))
+    code, text = run(monkeypatch, capsys, "ingest", "fhir", str(tmp_path / "in"), *options)
+    assert code == 3 and "2 events of 1 subjects" in text and "planted" not in text
+    (key, written) = (tmp_path / "key").read_text(), b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert b"planted" not in written and key.encode() not in written and key not in text
+    other = dataset(str(tmp_path / "out"))
+    assert "planted" not in str(other.to_pylist())
+    assert set(other["subject_id"].to_pylist()) == {int(hashlib.sha256(f"{key}/planted-77".encode()).hexdigest()[:15], 16)}
 
 
 def test_the_key_is_made_once_and_private(tmp_path):

@@ -126,7 +126,9 @@ def test_counts_of_shards_add_up():
     total = {}
     for _ in range(2):
         add(total, {"m": {"A": {"presence": 6}, "B": {"last": 4}}})
-    assert settle(spec(modalities={"m": {"codes": ["A"], "values": ["presence"]}}), "", total, 20).modalities == {"m": (("A", "presence"),)}
+    assert settle(spec(modalities={"m": {"codes": ["A"], "values": ["presence"], "min_subjects": 12}}), "", total, 20).modalities == {
+        "m": (("A", "presence"),)
+    }
     with pytest.raises(UserError, match=r"modalities.m: none of its 2 codes has values of 13 of 20 training subjects"):
         settle(spec(modalities={"m": {"codes": ["A"], "values": ["presence"], "min_subjects": 13}}), "", total, 20)
 
