@@ -307,8 +307,9 @@ def test_omop_keeps_source_concepts_and_source_values(tmp_path):
         rows = "(1, 5, 6, 'E11'), (1, 5, 5, 'E12'), (1, 0, 0, 'E13'), (1, 0, NULL, NULL)"
         day = "DATE '2020-02-01' AS condition_start_date"
         con.execute(f"CREATE TABLE condition_occurrence AS SELECT *, {day} FROM (VALUES {rows}) t({columns})")
-        columns = "1 AS person_id, 7 AS measurement_concept_id, 5 AS value_as_concept_id"
-        con.execute(f"CREATE TABLE measurement AS SELECT {columns}, '2020-03-01' AS measurement_date")
+        columns = "person_id, measurement_concept_id, value_as_concept_id, value_as_number, value_source_value"
+        rows = "(1, 7, 5, NULL, 'yes'), (1, 8, 0, NULL, 'trace'), (1, 9, 0, 3, '3 mg')"
+        con.execute(f"CREATE TABLE measurement AS SELECT *, '2020-03-01' AS measurement_date FROM (VALUES {rows}) t({columns})")
         con.execute("CREATE TABLE death AS SELECT 1 AS person_id, DATE '2021-01-01' AS death_date")
         con.execute("CREATE TABLE drug_exposure AS SELECT 1 AS person_id")
     told = omop.to_meds(str(tmp_path / "hospital.duckdb"), str(tmp_path / "meds"))
@@ -317,10 +318,10 @@ def test_omop_keeps_source_concepts_and_source_values(tmp_path):
     day = date(2020, 2, 1)
     assert found == [
         *((code, day, None) for code in ("OMOP//6", "OMOP_SOURCE//E13", "SNOMED//9", "SNOMED//9")),
-        ("OMOP//7", date(2020, 3, 1), "SNOMED//9"),
+        *((code, date(2020, 3, 1), said) for code, said in (("OMOP//7", "SNOMED//9"), ("OMOP//8", "trace"), ("OMOP//9", None))),
         ("MEDS_DEATH", date(2021, 1, 1), None),
     ]
-    assert told["tables"] == {"concept": [1, 0], "person": [1, 0], "death": [1, 1], "condition_occurrence": [4, 4], "measurement": [1, 1]}
+    assert told["tables"] == {"concept": [1, 0], "person": [1, 0], "death": [1, 1], "condition_occurrence": [4, 4], "measurement": [3, 3]}
     assert "table drug_exposure, column 'drug_concept_id'" in told["set_aside"]["drug_exposure"]
     (tmp_path / "bad").mkdir()
     for name in ("person", "death"):
