@@ -36,22 +36,23 @@ def _each(source: Source, shards: list[Shard], work: Callable[[Source, Shard], t
         yield status, row["ids"]
 
 
-def count_shards(source: Source, shards: list[Shard]) -> Iterator[tuple[dict, np.ndarray]]:
-    """Of each shard {shard, counts, subjects}, and the ids of its subjects (see `count`)."""
+def count_shards(source: Source, shards: list[Shard]) -> Iterator[dict]:
+    """Of each shard {shard, counts, subjects} (see `count`)."""
 
     def work(source: Source, shard: Shard) -> tuple[dict, bytes]:
-        counts, subjects, ids = count(source, shard)
-        return {"shard": shard.key, "counts": counts, "subjects": subjects}, ids.tobytes()
-
-    for status, ids in _each(source, shards, work):
-        yield status, np.frombuffer(ids, np.int64)
-
-
-def publish_shards(source: Source, vocabulary: Vocabulary, shards: list[Shard], output: str) -> Iterator[dict]:
-    """Publishes the records of each shard and yields its status (see `publish_records`)."""
-
-    def work(source: Source, shard: Shard) -> tuple[dict, bytes]:
-        return publish_records(source, vocabulary, shard, output), b""
+        counts, subjects = count(source, shard)
+        return {"shard": shard.key, "counts": counts, "subjects": subjects}, b""
 
     for status, _ in _each(source, shards, work):
         yield status
+
+
+def publish_shards(source: Source, vocabulary: Vocabulary, shards: list[Shard], output: str) -> Iterator[tuple[dict, np.ndarray]]:
+    """Publishes the records of each shard and yields its status and the ids of its records (see `publish_records`)."""
+
+    def work(source: Source, shard: Shard) -> tuple[dict, bytes]:
+        status, ids = publish_records(source, vocabulary, shard, output)
+        return status, ids.tobytes()
+
+    for status, ids in _each(source, shards, work):
+        yield status, np.frombuffer(ids, np.int64)

@@ -67,11 +67,8 @@ class Source:
             yield name, (modality == at)[events.code] & seen.holds(self.spec.window(name)), feature
 
 
-def count(source: Source, shard: Shard) -> tuple[Counts, int, np.ndarray]:
-    """Training subjects that have a value of each feature; how many there are; and the ids of all subjects of the shard.
-
-    Raises DataError where the shard is bad.
-    """
+def count(source: Source, shard: Shard) -> tuple[Counts, int]:
+    """Training subjects that have a value of each feature, and how many training subjects there are. Raises DataError for a bad shard."""
     events, seen = source.read(shard)
     training = seen.index != STATIC
     if source.splits:
@@ -86,7 +83,7 @@ def count(source: Source, shard: Shard) -> tuple[Counts, int, np.ndarray]:
                 subjects = np.bincount(groups.column[~np.isnan(values)], minlength=len(features))
                 for at in np.flatnonzero(subjects):
                     sums.setdefault(str(features[at]), {})[value] = int(subjects[at])
-    return found, int(training.sum()), events.ids
+    return found, int(training.sum())
 
 
 def _aggregates(events: Events, seen: Window, held: np.ndarray, column: np.ndarray, width: int):
@@ -94,10 +91,10 @@ def _aggregates(events: Events, seen: Window, held: np.ndarray, column: np.ndarr
     return aggregates(events.subject[held], column[events.code[held]], seen.age[held], events.value[held], width)
 
 
-def publish_records(source: Source, vocabulary: Vocabulary, shard: Shard, output: str) -> dict:
+def publish_records(source: Source, vocabulary: Vocabulary, shard: Shard, output: str) -> tuple[dict, np.ndarray]:
     """Publishes the records of a shard, those of each split in a folder of its own.
 
-    Returns {shard, events, rows, undated (subjects without an index time), outputs}. Raises DataError where the shard is bad.
+    Returns {shard, events, rows, undated (subjects without an index time), outputs}, and the ids. Raises DataError for a bad shard.
     """
     events, seen = source.read(shard)
     table = records(source, vocabulary, events, seen)
@@ -106,7 +103,8 @@ def publish_records(source: Source, vocabulary: Vocabulary, shard: Shard, output
     for key, part in parts.items():
         publish_table(output, key, part.replace_schema_metadata(lineage))
     undated = len(events.ids) - len(table)
-    return {"shard": shard.key, "events": len(events.code), "rows": len(table), "undated": undated, "outputs": list(parts)}
+    status = {"shard": shard.key, "events": len(events.code), "rows": len(table), "undated": undated, "outputs": list(parts)}
+    return status, table["subject_id"].to_numpy()
 
 
 def outputs_of(found: Source, shard: Shard, table: pa.Table) -> dict[str, pa.Table]:

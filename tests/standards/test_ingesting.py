@@ -26,7 +26,7 @@ def test_a_subject_of_two_shards_is_found():
     ids = {"b": np.array([4, 1, 9]), "a": np.array([1, 2]), "c": np.array([9, 1, 7])}
     found = twice(ids)
     assert {key: error.split("found ")[1].split(" subjects")[0] for key, error in found.items()} == {"b": "1", "c": "2"}
-    assert twice({"a": np.array([1]), "b": np.array([2])}) == {}
+    assert twice({"a": np.array([1]), "b": np.array([2])}) == twice({}) == {}
 
 
 def keys(url: str) -> list[str]:
@@ -59,10 +59,14 @@ def test_datasets_become_cohorts(bucket, tmp_path):
         storage.delete(f"{meds}/data", ["train/0.parquet", "train/2.parquet", "train/3.parquet"])
         publish_table(f"{meds}/data", "train/4.parquet", to_table(events(range(100, 110))))
         publish_table(f"{meds}/data", "held_out/0.parquet", to_table(events(range(60, 70), seed=7)))  # another version of the shard
+        publish_table(f"{meds}/data", "train/5.parquet", to_table(events(range(30, 32))))  # subjects of train/1, ingested before
         second = ingest_meds(meds, SPEC, out, CLUSTER)
     assert (second["done_before"], second["rows"], second["spec"]) == (1, 20, first["spec"])
-    assert [k.split("/")[:2] for k in second["set_aside"]] == [["train", keys(out)[1].split("/")[1]]]  # its input is gone
+    again, gone = second["set_aside"].items()
+    assert gone[0] in keys(out) and gone[0].startswith("train/train_0-") and "made of an input that is gone" in gone[1]
+    assert again[0] == "train/5.parquet" and "found 2 subjects of an earlier shard" in again[1]
     after = records(out)
+    assert sum(len(fetch_table(f"{out}/shards", key)) for key in keys(out)) == len(after)  # each subject once
     assert sorted(after) == [*range(70), *range(100, 110)] and after[100]["split"] == "unassigned"
     assert [s for s in range(60) if after[s] != before[s]] == [] and all(after[s] != before[s] for s in range(60, 70))
     with pytest.raises(UserError, match=r"vocabulary\.json there is of another feature spec"):

@@ -70,7 +70,7 @@ def test_values_are_those_of_plain_python(tmp_path_factory, rows):
     codes = {"labs": CODES[:2], "dx": CODES[2:4], "demo": CODES[4:5]}
     for name, names in codes.items():
         wanted[name] = tuple(sorted((code, value) for code in names for value in source.spec.modalities[name].values))
-    status = publish_records(source, Vocabulary(spec="", subjects=0, modalities=wanted), shard_of(place), f"{place}/out")
+    status, _ = publish_records(source, Vocabulary(spec="", subjects=0, modalities=wanted), shard_of(place), f"{place}/out")
     last = {s: max(t for other, t, *_ in rows if other == s and t) for s in {r[0] for r in rows if r[1]}}
     assert status["rows"] == len(last) and status["undated"] == len({r[0] for r in rows} - set(last))
     if not last:
@@ -109,13 +109,13 @@ def test_only_training_subjects_choose_the_vocabulary(tmp_path):
     splits = {s: "train" if s < 25 else "held_out" for s in range(39)}
     publish_table(f"{place}/metadata", "subject_splits.parquet", pa.table({"subject_id": list(splits), "split": list(splits.values())}))
     source = Source.of(place, spec(modalities={"m": {"codes": [""], "values": ["presence", "last"]}}))
-    counts, subjects, ids = count(source, shard_of(place))
-    assert (subjects, ids.tolist()) == (25, list(range(40)))
+    counts, subjects = count(source, shard_of(place))
+    assert subjects == 25
     assert counts == {"m": {"A": {"presence": 25, "last": 25}, "B": {"presence": 25}}}
     vocabulary = settle(source.spec, "", counts, subjects)
     assert vocabulary.modalities == {"m": (("A", "last"), ("A", "presence"), ("B", "presence"))}
-    status = publish_records(source, vocabulary, shard_of(place), f"{place}/out")
-    assert [key.split("/")[0] for key in status["outputs"]] == ["held_out", "train", "unassigned"]
+    status, ids = publish_records(source, vocabulary, shard_of(place), f"{place}/out")
+    assert ids.tolist() == list(range(40)) and [key.split("/")[0] for key in status["outputs"]] == ["held_out", "train", "unassigned"]
     parts = {key.split("/")[0]: fetch_table(f"{place}/out", key) for key in status["outputs"]}
     assert {name: len(t) for name, t in parts.items()} == {"held_out": 14, "train": 25, "unassigned": 1}
     assert all(set(t["split"].to_pylist()) == {name} for name, t in parts.items())
@@ -144,7 +144,7 @@ def test_index_times_and_outcomes_of_a_cohort_file(tmp_path):
     )
     source = Source.of(str(tmp_path), read_features(tmp_path / "features.toml"))
     wanted = Vocabulary(spec="", subjects=0, modalities={"labs": ((CODES[0], "count"),), "rx": ((CODES[5], "presence"),)})
-    status = publish_records(source, wanted, shard_of(str(tmp_path)), f"{tmp_path}/out")
+    status, _ = publish_records(source, wanted, shard_of(str(tmp_path)), f"{tmp_path}/out")
     assert (status["rows"], status["undated"]) == (2, 28)
     made = fetch_table(f"{tmp_path}/out", status["outputs"][0])
     rows = events(range(30))
