@@ -21,7 +21,7 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
 
     Where there is neither, all columns of numbers or text are one modality. Raises UserError where there are none.
     """
-    subject = next((n for n in SUBJECT_NAMES if n in arrow.names), arrow.names[0])
+    subject = subject_of(arrow)
     times = [f.name for f in arrow if pt.is_temporal(f.type) and f.name != subject]
     modalities, plain, names = {}, [], set(arrow.names)
     for field in arrow:
@@ -45,6 +45,11 @@ def guess_spec(arrow: pa.Schema) -> CohortSpec:
     groups = tuple(f.name for f in arrow if _is_group(f.name) and not is_list(storage_type(f.type)))
     timestamp = next((n for n in times if is_time(arrow.field(n).type)), None)
     return CohortSpec(subject_id=subject, timestamp=timestamp, outcomes=outcomes, subgroups=groups, modalities=modalities)
+
+
+def subject_of(arrow: pa.Schema) -> str:
+    """The column that is the subject's id by its name, else the first."""
+    return next((n for n in SUBJECT_NAMES if n in arrow.names), arrow.names[0])
 
 
 def _form(kind: pa.DataType) -> str:

@@ -51,6 +51,24 @@ def meds(
 
 
 @ingest_app.command()
+def csv(
+    url: Annotated[str, typer.Argument(help="URL of the files: *.csv, *.csv.gz, each with one header line")],
+    output: Annotated[str, typer.Option(help="URL to write the shards to")],
+) -> None:
+    """Turn CSV files into shards of records, one shard per file, for `mmimpute describe`.
+
+    Types are settled on all files; empty, NA, null and nan mean missing; the subject id stays text. A second call writes them anew.
+
+    Example: mmimpute ingest csv s3://bucket/csv/ --output s3://bucket/cohort/
+    """
+    from mmimpute.standards.csv import to_shards
+
+    done = to_shards(url, output, watch("ingest"))
+    console.print(f"{done['rows']:,} records in {done['shards']:,} shards: {escape(output)}")
+    finish(done["set_aside"])
+
+
+@ingest_app.command()
 def omop(
     url: Annotated[
         str,
