@@ -40,15 +40,19 @@ def window(dates: np.ndarray) -> list[str] | None:
 
 
 def groups(values: np.ndarray) -> dict[str, np.ndarray]:
-    """The people of each level of a column of text, or of each band of numbers; nobody where it is empty. Small groups are left out."""
+    """As `levels`, without small groups."""
+    found = levels(values)
+    kept = told({level: int(rows.sum()) for level, rows in found.items()}, len(values))
+    return {level: found[level] for level in kept}
+
+
+def levels(values: np.ndarray) -> dict[str, np.ndarray]:
+    """The people of each level of a column of text, or of each band of numbers; nobody where it is empty."""
     known = values != ""
     numbers = _numbers(values)
     if numbers is None or len(np.unique(numbers[known])) <= MOST_GROUPS:
-        found = {str(level): values == level for level in np.unique(values[known])}
-    else:
-        found = dict(_bands(numbers))
-    kept = told({level: int(rows.sum()) for level, rows in found.items()}, len(values))
-    return {level: found[level] for level in kept}
+        return {str(level): values == level for level in np.unique(values[known])}
+    return dict(_bands(numbers))
 
 
 def told(people: Mapping[str, int], total: int) -> list[str]:

@@ -20,6 +20,7 @@ from mmimpute.data.completing import filled_in, storage_of
 from mmimpute.data.schema import CohortSchema, draft_schema
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
+from mmimpute.evaluation import evaluate
 from mmimpute.imputing import predict
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
@@ -62,6 +63,7 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         draft = draft_schema(self.spec_, table.schema, widths)
         schema, seen = profile.settle(draft, profile.observe(table, draft, TABLE, 1.0))
         settings = FitSettings(epochs=self.epochs, seed=self.random_state)
+        self.marginals_ = profile.marginals(schema, seen)
         self.model_, self.history_ = fit_table(table, schema, profile.feature_statistics(schema, seen), settings)
         return self
 
@@ -85,6 +87,27 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         drawn = {name: i.draws for name, i in imputed.items() if i.draws is not None}
         sets = [{name: imputed[name]._replace(mean=d[s]) for name, d in drawn.items()} for s in range(draws)]
         return [self._completed(native, self._enriched(table, records, one), X) for one in sets]
+
+    def embed(self, X: Any) -> np.ndarray:
+        """The mean of the shared latent z0 of each row, N x L: what its observed values tell together."""
+        return predict(self.model_, self.records(X), ImputeSettings(latent=True), torch.Generator())[1]
+
+    def evaluate(self, X: Any) -> dict[str, Any]:
+        """How good the imputations are: every modality of X hidden in turn, scored as by `mmimpute evaluate` (see `evaluation.evaluate`).
+
+        X: the table that was fitted, its rows in the same order, so that each is judged by the member that did not learn from it; or new
+        rows. Where fitted rows come in another order, the figures are too good, unless a spec names a column of subject ids.
+        """
+        check_is_fitted(self)
+        table = self._renamed(self._table(X, reset=False))
+        folds = fold(position(table[self.spec_.subject_id]), self.model_.module.config.members)
+        x = flat(decode(table, self.model_.schema, TABLE))
+        return evaluate(self.model_, x[folds >= 0], folds[folds >= 0], self.marginals_)
+
+    def records(self, X: Any) -> dict[str, np.ndarray]:
+        """X as the model reads it: modality -> N x D, NaN where a value is not observed."""
+        check_is_fitted(self)
+        return decode(self._renamed(self._table(X, reset=False)), self.model_.schema, TABLE)
 
     def get_feature_names_out(self, input_features: Sequence[str] | None = None) -> np.ndarray:
         """The names of X's columns."""

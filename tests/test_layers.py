@@ -15,7 +15,7 @@ LAYERS = [
     ("mmimpute.launch",),
     ("mmimpute.population",),
     ("mmimpute.retraining",),
-    ("mmimpute.jobs", "mmimpute.runs", "mmimpute.drops", "mmimpute.reading", "mmimpute.ingesting"),
+    ("mmimpute.jobs", "mmimpute.runs", "mmimpute.drops", "mmimpute.reading", "mmimpute.ingesting", "mmimpute.plots"),
     ("mmimpute.cluster",),
     ("mmimpute.estimator",),
     ("mmimpute.tasks",),

@@ -188,7 +188,8 @@ def test_page_says_what_the_run_did(page):
     facts = ("A cohort", "21 November 2026, 02:00 UTC", "9,254", "s3://bucket/models/9f2c0e3b", "version 3", "15 new", "part-3.parquet")
     assert [fact for fact in facts if fact not in page] == []
     assert "An imputation is not a measurement" in page
-    assert page.count("<svg") == 3 + 1 + 2 + 1 + 1 + 1 + 1, "training, skill, two of features, coverage, reliability, PIT, distribution"
+    drawn = "patterns, training, skill, two of features, coverage, reliability, PIT, distribution"
+    assert page.count("<svg") == 1 + 3 + 1 + 2 + 1 + 1 + 1 + 1, drawn
 
 
 def test_the_same_run_makes_the_same_page(page):

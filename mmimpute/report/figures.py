@@ -1,4 +1,4 @@
-"""Figures of a report, one small panel each, so that a page can arrange them for its width.
+"""Figures of a report and of `mmimpute.plots`: small panels, so that a page can arrange them for its width.
 
 Each function takes what `disclosure.view` lets through and returns a matplotlib figure. Colours are Okabe and Ito's, which colour-blind
 readers tell apart, and no figure relies on colour alone. `svg` exchanges them for CSS variables, so that a page's dark mode holds inside.
@@ -6,15 +6,20 @@ readers tell apart, and no figure relies on colour alone. `svg` exchanges them f
 
 import io
 import re
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1e23", "#5f6670", "#dcdfe4", "#0072b2", "#d55e00"
 CSS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
+GROUPS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", INK, MUTED)
+MARKERS = "os^Dv<>P"
 MOST_FEATURES = 30  # in one plot: the first ones by skill
 
 STYLE = {
@@ -142,6 +147,42 @@ def missing(modalities: list[dict]) -> Figure:
         return figure
 
 
+def patterns(shown: list[dict], names: list[str]) -> Figure:
+    """Which modalities come together: a row of dots per pattern, filled where the modality is present; and people by pattern."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 0.34 * len(names), 1.1 + 0.26 * max(len(shown), 2)))
+        held, people = figure.subplots(1, 2, sharey=True, width_ratios=(0.34 * len(names), 1.4))
+        rows, columns = np.indices((len(shown), len(names)))
+        on = np.array([[name in pattern["present"] for name in names] for pattern in shown], bool).reshape(rows.shape)
+        held.plot(columns[~on], rows[~on], "o", color=MUTED, markerfacecolor="none", ms=6, label="missing", clip_on=False)
+        held.plot(columns[on], rows[on], "o", color=BLUE, ms=7, label="present", clip_on=False)
+        held.set_xticks(range(len(names)), [shortened(n, 14) for n in names], rotation=60, ha="right", rotation_mode="anchor")
+        held.set(yticks=[], ylim=(len(shown) - 0.4, -0.6), xlim=(-0.5, len(names) - 0.5))
+        bars = people.barh(range(len(shown)), [pattern["rows"] for pattern in shown], color=BLUE, height=0.62)
+        people.bar_label(bars, [f"{pattern['rows']:,}" for pattern in shown], padding=3, color=INK, fontsize=8)
+        people.set(xlabel="people", xlim=(0, 1.3 * max([1, *(pattern["rows"] for pattern in shown)])))
+        people.xaxis.set_major_locator(MaxNLocator(3))
+        for axes in (held, people):
+            axes.grid(False)
+            axes.tick_params(length=0)
+            axes.spines[["left", "bottom"]].set_visible(axes is people)
+        held.set_title("Which modalities come together (filled: present)")
+        return figure
+
+
+def latent(groups: dict[str, tuple[np.ndarray, np.ndarray]], shares: tuple[float, float], title: str) -> Figure:
+    """Dots on the first two principal components: what a group is called -> places, M x 2, and how many people each stands for, M."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(title, width=4.6, height=4.0)
+        for (name, (xy, people)), colour, marker in zip(groups.items(), GROUPS, MARKERS, strict=False):
+            axes.scatter(*xy.T, s=2 * people, color=colour, marker=marker, alpha=0.7, linewidth=0, label=shortened(name, 34))
+        axes.set(xlabel=f"first component of z0 ({shares[0]:.0%})", ylabel=f"second component of z0 ({shares[1]:.0%})")
+        axes.set_aspect("equal", adjustable="datalim")
+        if len(groups) > 1:
+            axes.legend(loc="best", fontsize=8, handlelength=1.0)
+        return figure
+
+
 def dots(names: list[str], series: dict[str, list], title: str, label: str) -> Figure:
     """One line per name, one dot per series: a value, or (value, low, high) with its interval, or None."""
     with matplotlib.rc_context(STYLE):
@@ -163,37 +204,56 @@ def dots(names: list[str], series: dict[str, list], title: str, label: str) -> F
 
 def coverage(calibration: dict, title: str) -> Figure:
     """How often the truth lies inside an interval, against how often it should."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(title)
-        _diagonal(axes)
-        axes.plot(calibration["nominal"], calibration["observed"], "o-", color=BLUE, linewidth=1.6, ms=4, clip_on=False)
-        axes.set(xlabel="nominal coverage", ylabel="observed coverage")
-        return figure
+    return _panels(title, [(_coverage, calibration)])
 
 
 def reliability(bins: list[dict], title: str) -> Figure:
     """How often a binary value is 1, against the predicted probability; the larger the dot, the more people."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(title)
-        _diagonal(axes)
-        x, y, n = ([bin[key] for bin in bins] for key in ("predicted", "observed", "n"))
-        axes.plot(x, y, "-", color=BLUE, linewidth=1.2, clip_on=False)
-        axes.scatter(x, y, s=[16 + 70 * (count / max(n)) ** 0.5 for count in n], color=BLUE, clip_on=False, zorder=3)
-        axes.set(xlabel="predicted probability", ylabel="observed share")
-        return figure
+    return _panels(title, [(_reliability, bins)])
 
 
 def pit(counts: list[int], title: str) -> Figure:
     """Where the truth falls in its predictive distribution; flat when the distribution is right."""
+    return _panels(title, [(_pit, counts)])
+
+
+def calibration(modality: dict) -> Figure:
+    """Those of the three that there are of a modality, side by side."""
+    drawn = {"calibration": _coverage, "pit": _pit, "reliability": _reliability}
+    return _panels(modality["name"], [(draw, modality[name]) for name, draw in drawn.items() if modality[name]])
+
+
+def _panels(title: str, drawn: list[tuple[Callable, Any]]) -> Figure:
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(title)
-        height = [n * len(counts) / sum(counts) for n in counts]
-        edges = [i / len(counts) for i in range(len(counts))]
-        axes.bar(edges, height, width=1 / len(counts), align="edge", color=BLUE, edgecolor=GRID, linewidth=0.5)
-        axes.axhline(1.0, color=ORANGE, linewidth=1.4, linestyle="--")
-        axes.set(xlabel="predictive quantile of the truth", ylabel="density", xlim=(0, 1), ylim=(0, max(2.0, 1.1 * max(height))))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        figure = Figure(figsize=(3.3 * len(drawn), 2.7))
+        row = figure.subplots(1, len(drawn), squeeze=False)[0]
+        for axes, (draw, shown) in zip(row, drawn, strict=True):
+            draw(axes, shown)
+        row[0].set_title(title)
         return figure
+
+
+def _coverage(axes: Axes, calibration: dict) -> None:
+    _diagonal(axes)
+    axes.plot(calibration["nominal"], calibration["observed"], "o-", color=BLUE, linewidth=1.6, ms=4, clip_on=False)
+    axes.set(xlabel="nominal coverage", ylabel="observed coverage")
+
+
+def _reliability(axes: Axes, bins: list[dict]) -> None:
+    _diagonal(axes)
+    x, y, n = ([bin[key] for bin in bins] for key in ("predicted", "observed", "n"))
+    axes.plot(x, y, "-", color=BLUE, linewidth=1.2, clip_on=False)
+    axes.scatter(x, y, s=[16 + 70 * (count / max(n)) ** 0.5 for count in n], color=BLUE, clip_on=False, zorder=3)
+    axes.set(xlabel="predicted probability", ylabel="observed share")
+
+
+def _pit(axes: Axes, counts: list[int]) -> None:
+    height = [n * len(counts) / sum(counts) for n in counts]
+    edges = [i / len(counts) for i in range(len(counts))]
+    axes.bar(edges, height, width=1 / len(counts), align="edge", color=BLUE, edgecolor=GRID, linewidth=0.5)
+    axes.axhline(1.0, color=ORANGE, linewidth=1.4, linestyle="--")
+    axes.set(xlabel="predictive quantile of the truth", ylabel="density", xlim=(0, 1), ylim=(0, max(2.0, 1.1 * max(height))))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def distribution(shown: dict) -> Figure:

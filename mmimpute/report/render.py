@@ -49,6 +49,13 @@ class _Drawing:
     def __init__(self):
         self.drawn = 0
 
+    def patterns(self, profile: dict) -> Markup:
+        from mmimpute.report import figures
+
+        shown, names = profile["patterns"]["shown"][:MOST_PATTERNS], [m["name"] for m in profile["modalities"]]
+        told = (f"{count(p['rows'])} people ({percent(p['share'])}) have {', '.join(p['present']) or 'nothing'}" for p in shown)
+        return self._svg(figures.patterns(shown, names), "Which modalities come together: " + "; ".join(told))
+
     def training(self, history: list[dict], name: str, title: str, unit: str = "nats per record") -> Markup:
         from mmimpute.report import figures
 
