@@ -85,7 +85,7 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
         table = self._renamed(native)
         records, imputed = self._imputed(table, ImputeSettings(draws=draws, seed=self.random_state))
         drawn = {name: i.draws for name, i in imputed.items() if i.draws is not None}
-        sets = [{name: imputed[name]._replace(mean=d[s]) for name, d in drawn.items()} for s in range(draws)]
+        sets = [{name: imputed[name]._replace(mean=d[s], draws=None) for name, d in drawn.items()} for s in range(draws)]
         return [self._completed(native, self._enriched(table, records, one), X) for one in sets]
 
     def embed(self, X: Any) -> np.ndarray:
@@ -117,7 +117,7 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
     def save(self, home: str) -> str:
         """Writes the model as `mmimpute fit` does, also to s3://, and makes it the champion if there is none. Returns its URL.
 
-        Columns are called <modality>__<column> there, unless `modalities` was a spec.
+        Columns are called `<modality>__<column>` there, unless `modalities` was a spec.
         """
         check_is_fitted(self)
         name = registry.save(home, self.model_.module, self.model_.schema, self.model_.file.fitted_on)

@@ -1,0 +1,144 @@
+"""The documentation: its guides run as they stand, the site is built without a warning, and it asks no other host for anything."""
+
+import ast
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import typer
+from markdown_it import MarkdownIt
+from nbclient import NotebookClient
+from typer.testing import CliRunner
+
+import mmimpute
+from mmimpute import spec
+from mmimpute.cli import app
+from mmimpute.cluster import runtime
+from mmimpute.spec import ClusterSettings
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+WITH_RAY = ("own-shards.md", "drift.md")  # in this order, in one folder
+GUIDES = sorted(p.name for p in (DOCS / "guides").glob("*.md") if p.name not in WITH_RAY)
+
+
+def run_page(page: Path, names: dict) -> None:
+    """Runs a page's code in order: python blocks in one namespace, `mmimpute` lines of bash blocks in this process; a block with a title
+    is the file of this name. Blocks of other languages (sh, toml without a title) are not run."""
+    for block in (token for token in MarkdownIt().parse(page.read_text()) if token.type == "fence"):
+        language, title = block.info.split(" ")[0], re.search(r'title="(.+?)"', block.info)
+        if title:
+            Path(title[1]).write_text(block.content)
+        elif language == "python":
+            code = "\n" * (block.map[0] + 1) + block.content  # so that a traceback names the page's line
+            exec(compile(code, str(page), "exec"), names)
+        elif language == "bash":
+            for line in block.content.replace("\\\n", " ").splitlines():
+                run_command(shlex.split(line, comments=True))
+
+
+def run_command(words: list[str]) -> None:
+    assert words[0] == "mmimpute", words
+    done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    assert done.exit_code == 0, (words, done.output)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guide_runs(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(DOCS / "guides" / guide, {})
+
+
+@pytest.mark.parametrize("notebook", sorted(p.name for p in (DOCS / "notebooks").glob("*.ipynb")))
+def test_a_notebook_runs(notebook, tmp_path):
+    read = nbformat.read(DOCS / "notebooks" / notebook, 4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read.cells), "strip the outputs"
+    NotebookClient(read, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.services
+def test_the_guides_of_the_command_line_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with runtime.cluster(ClusterSettings(cpus=2)):
+        for guide in WITH_RAY:
+            run_page(DOCS / "guides" / guide, names)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site; a warning is an error (`strict`)."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_other_hosts(site):
+    """No element of any page fetches from elsewhere; links may lead there."""
+    loaded = re.compile(r"<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)")
+    found = {(page.name, url) for page in site.rglob("*.html") for url in loaded.findall(page.read_text())}
+    assert not {entry for entry in found if not entry[1].startswith("https://example.org")}
+
+
+def test_the_reference_is_complete(site):
+    """Public names, every command, every key of the files that a user writes."""
+    python, files, cli = ((site / "reference" / name / "index.html").read_text() for name in ("python", "files", "cli"))
+    assert [name for name in mmimpute.__all__ if name != "__version__" and f"mmimpute.{name}" not in python] == []
+    settings = [c for c in vars(spec).values() if isinstance(c, type) and issubclass(c, spec._Settings) and c.model_fields]
+    keys = {key for c in settings if c is not spec.AlertRules for key in c.model_fields}
+    assert [key for key in keys if f"<code>{key}</code>" not in files] == [] and " at 0x" not in files
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 10 and [name for name in commands if f"mmimpute {name}</code>" not in cli] == []
+
+
+def test_pictures_are_drawn_by_their_script(tmp_path, monkeypatch):
+    drawing = runpy.run_path(str(DOCS / "pictures.py"))
+    for name in ("modalities", "model", "engine", "flow"):
+        assert drawing[name]() == (DOCS / "images" / f"{name}.svg").read_text(), f"run docs/pictures.py: {name} is not as it draws it"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------------------
+
+QUOTED = re.findall(r"^### `+ ?(.+?) ?`+$", (DOCS / "operate" / "errors.md").read_text(), re.MULTILINE)
+
+
+def pattern(node: ast.expr | None) -> str:
+    """What a string expression may say: constants as they are, anything for the rest."""
+    if isinstance(node, ast.Constant):
+        return re.escape(str(node.value)) if node.value is not None else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(pattern, node.values))
+    return ".*"
+
+
+def said(node: ast.AST) -> str | None:
+    """The message of an error that is made here, or of a returned sentence."""
+    if isinstance(node, ast.Return) and isinstance(node.value, ast.JoinedStr):
+        return pattern(node.value)
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
+        return None
+    if node.func.id == "DataError":
+        _, column, *rest = node.args
+        where = "shard .*" if isinstance(column, ast.Constant) and column.value is None else "shard .*, column .*"
+        return f"{where}: found {pattern(rest[0])}; expected {pattern(rest[1])}; {pattern(rest[2])}"
+    return pattern(node.args[0]) if node.func.id in ("UserError", "Unreachable", "ValueError") else None
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    """Patterns of all messages of the package that have words of their own."""
+    trees = [ast.parse(path.read_text()) for folder in ("mmimpute", "flows") for path in (ROOT / folder).rglob("*.py")]
+    found = {text for tree in trees for node in ast.walk(tree) if (text := said(node))}
+    return [text for text in found if len(text.replace(".*", "")) > 12]
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_a_quoted_error_is_still_in_the_source(message, messages):
+    assert any(re.fullmatch(text, message, re.DOTALL) for text in messages)
