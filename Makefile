@@ -2,6 +2,7 @@
 # make serve                 a Prefect server and worker with the demo's cohort deployed, to try out
 # make test | test-fast | test-all   the tests | without Ray and Prefect | with the slow ones
 # make test-nightly          faults at 20 random moments each
+# make docs                  the documentation site, into site/
 # make features-env         Feast's own environment, .venv-features; the tests make it where it is not there
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
@@ -10,7 +11,7 @@ BENCH ?= ../shared/bench
 READY := .venv/.ready
 FEAST := .venv-features/.ready
 
-.PHONY: demo serve test test-fast test-all test-nightly features-env lint clean bench-accuracy
+.PHONY: demo serve test test-fast test-all test-nightly docs features-env lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -31,6 +32,9 @@ test-all: $(READY)
 test-nightly: $(READY)
 	MMIMPUTE_FAULTS=20 .venv/bin/pytest tests/faults
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 features-env: $(FEAST)
 
 lint: $(READY)
@@ -41,7 +45,7 @@ bench-accuracy: $(READY)
 	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-features build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-features build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
