@@ -90,7 +90,8 @@ class MultiModalImputer(TransformerMixin, BaseEstimator):
 
     def embed(self, X: Any) -> np.ndarray:
         """The mean of the shared latent z0 of each row, N x L: what its observed values tell together."""
-        return predict(self.model_, self.records(X), ImputeSettings(latent=True), torch.Generator())[1]
+        _, z0_NL = predict(self.model_, self.records(X), ImputeSettings(latent=True), torch.Generator())
+        return np.asarray(z0_NL)
 
     def evaluate(self, X: Any) -> dict[str, Any]:
         """How good the imputations are: every modality of X hidden in turn, scored as by `mmimpute evaluate` (see `evaluation.evaluate`).

@@ -236,7 +236,7 @@ def compare(
 ) -> tuple[dict, Told]:
     """The decision, and what the challenger shows. x: records by the challenger's schema, of people `held_out` of both."""
     names = comparable(champion.schema, challenger.schema)
-    theirs, own = (registry.read_record(m.url, "marginals") for m in (champion, challenger))
+    theirs, own = (registry.marginals(m.url) for m in (champion, challenger))
     new = tell(challenger, x, place, outcomes, own | {n: theirs[n] for n in names}, settings.seed)
     old = tell(champion, translated(x, challenger.schema, champion.schema), place, outcomes, theirs, settings.seed)
     pairs = {name: (old.outcomes[name], new.outcomes[name]) for name in old.outcomes if name in new.outcomes}

@@ -137,13 +137,13 @@ def _layouts(found: Survey, bad: dict[str, str], schema: CohortSchema) -> list[l
 def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings: EvaluateSettings = NO_TASKS) -> dict:
     """Accuracy on subjects by the member that does not learn from their fold (see `evaluation.evaluate`); `tasks`: what else is asked.
 
-    Raises UserError where no subject is in a fold, or the label is not one.
+    Raises UserError where no subject is in a fold, the model was fitted in memory, or the label is not one.
     """
     from mmimpute.evaluation import evaluate, most_records
     from mmimpute.gate import held_out
     from mmimpute.tasks.asking import ask, check_label, people_of
 
-    model = registry.load(place)
+    model, marginals = registry.load(place), registry.marginals(place)
     beside = [settings.label] if settings.label else []
     check_label(model.schema, settings.label)
     with runtime.cluster(cluster):
@@ -151,7 +151,7 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings
         asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, model), most, beside)
     if not len(asked.x):
         raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
-    accuracy = evaluate(model, asked.x, fold(asked.place, model.module.config.members), registry.read_record(model.url, "marginals"))
+    accuracy = evaluate(model, asked.x, fold(asked.place, model.module.config.members), marginals)
     if not settings.tasks:
         return accuracy
     label = asked.beside[settings.label] if settings.label else None

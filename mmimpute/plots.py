@@ -107,7 +107,7 @@ def latent(imputer: MultiModalImputer, X: Any, label: Sequence[Any] | None = Non
 
 def _evaluated(evaluation: Mapping[str, Any], modality: str) -> dict[str, Any]:
     """What may be shown of one modality."""
-    found = {m["name"]: m for m in disclosure.view({"evaluation": evaluation})["evaluation"]["modalities"]}
+    found: dict[str, dict[str, Any]] = {m["name"]: m for m in disclosure.view({"evaluation": evaluation})["evaluation"]["modalities"]}
     if modality not in found:
         raise UserError(f"no modality {modality!r} in this evaluation; it has {', '.join(found)}")
     return found[modality]

@@ -249,3 +249,11 @@ def read_record(place: str, name: str) -> Any | None:
         return None
     except (ValueError, RecursionError):
         raise UserError(f"{place}/{name}.json: not JSON; fit the model again") from None
+
+
+def marginals(place: str) -> dict[str, dict[str, list[float]]]:
+    """What imputing the column mean says (see `profile.marginals`). Raises UserError of a model that was fitted in memory."""
+    found = read_record(place, "marginals")
+    if found is None:
+        raise UserError(f"{place}: fitted in memory, where people have no ids: nothing tells whom it has not seen; use `mmimpute fit`")
+    return found

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import typer
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from nbclient import NotebookClient
 from typer.testing import CliRunner
 
@@ -24,34 +25,55 @@ from mmimpute.spec import ClusterSettings
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 WITH_RAY = ("own-shards.md", "drift.md")  # in this order, in one folder
-GUIDES = sorted(p.name for p in (DOCS / "guides").glob("*.md") if p.name not in WITH_RAY)
+GUIDES = ["index.md", *sorted(f"guides/{p.name}" for p in (DOCS / "guides").glob("*.md") if p.name not in WITH_RAY)]
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
 
-def run_page(page: Path, names: dict) -> None:
+def blocks(page: Path) -> list[Token]:
+    return [token for token in MarkdownIt().parse(page.read_text()) if token.type == "fence"]
+
+
+def command_lines(block: Token) -> list[list[str]]:
+    """The words of each line of a shell block."""
+    return [words for line in block.content.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def run_page(page: Path, names: dict) -> list[str]:
     """Runs a page's code in order: python blocks in one namespace, `mmimpute` lines of bash blocks in this process; a block with a title
-    is the file of this name. Blocks of other languages (sh, toml without a title) are not run."""
-    for block in (token for token in MarkdownIt().parse(page.read_text()) if token.type == "fence"):
-        language, title = block.info.split(" ")[0], re.search(r'title="(.+?)"', block.info)
-        if title:
+    is the file of this name. Blocks of other languages (sh, toml without a title) are not run.
+    Returns what the commands printed."""
+    printed = []
+    for block in blocks(page):
+        if title := re.search(r'title="(.+?)"', block.info):
             Path(title[1]).write_text(block.content)
-        elif language == "python":
+        elif block.info == "python":
             code = "\n" * (block.map[0] + 1) + block.content  # so that a traceback names the page's line
             exec(compile(code, str(page), "exec"), names)
-        elif language == "bash":
-            for line in block.content.replace("\\\n", " ").splitlines():
-                run_command(shlex.split(line, comments=True))
-
-
-def run_command(words: list[str]) -> None:
-    assert words[0] == "mmimpute", words
-    done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
-    assert done.exit_code == 0, (words, done.output)
+        elif block.info == "bash":
+            for words in command_lines(block):
+                assert words[0] == "mmimpute", words
+                done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+                assert done.exit_code == 0, (words, done.output)
+                printed.append(done.output)
+    return printed
 
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guide_runs(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page(DOCS / "guides" / guide, {})
+    run_page(DOCS / guide, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_and_their_options_exist(page):
+    """Of those blocks too that are not run."""
+    for words in (w for block in blocks(page) if block.info in ("bash", "sh") for w in command_lines(block) if "mmimpute" in w):
+        words = words[words.index("mmimpute") + 1 :]
+        root = command = typer.main.get_command(app)
+        while words and words[0] in getattr(command, "commands", ()):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert command is not root and not [w for w in words if w.startswith("--") and w not in known], (command.name, words)
 
 
 @pytest.mark.parametrize("notebook", sorted(p.name for p in (DOCS / "notebooks").glob("*.ipynb")))
@@ -66,8 +88,9 @@ def test_the_guides_of_the_command_line_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     with runtime.cluster(ClusterSettings(cpus=2)):
-        for guide in WITH_RAY:
-            run_page(DOCS / "guides" / guide, names)
+        shards, drift = (run_page(DOCS / "guides" / guide, names) for guide in WITH_RAY)
+    assert "all is well" in "".join(shards)
+    assert "drifted: fit the model anew" in drift[0] and "hba1c has another distribution" in drift[0]
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from mmimpute import plots
+from mmimpute import jobs, plots
 from mmimpute.data.split import fold, position
 from mmimpute.errors import UserError
 from mmimpute.estimator import MultiModalImputer
 from mmimpute.evaluation import evaluate
 from mmimpute.report import figures, render
+from mmimpute.spec import ClusterSettings
 from tests.test_report import a_run
 
 ROWS = 300
@@ -149,3 +150,9 @@ mmimpute.plots
 print(early, "matplotlib.pyplot" in sys.modules, "ray" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
     assert isinstance(plots.training([{"epoch": 1, "tune_loss": 1.0}]), Figure)
+
+
+def test_a_model_of_memory_cannot_be_evaluated_on_shards(imputer, tmp_path):
+    """Its folds are by row number: people whom it knows would count as unseen."""
+    with pytest.raises(UserError, match="fitted in memory"):
+        jobs.evaluate_model(None, imputer.save(str(tmp_path)), ClusterSettings())
