@@ -95,9 +95,9 @@ def test_the_guides_of_the_command_line_run(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built site; a warning is an error (`strict`)."""
+    """The built site; a warning is an error (`strict`; with `--quiet` none is counted)."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -119,6 +119,15 @@ def test_the_reference_is_complete(site):
     assert [key for key in keys if f"<code>{key}</code>" not in files] == [] and " at 0x" not in files
     commands = typer.main.get_command(app).commands
     assert len(commands) > 10 and [name for name in commands if f"mmimpute {name}</code>" not in cli] == []
+
+
+def test_the_readme_leads_to_what_is_there():
+    """Its links, and its figures: each row of a table of measurements stands in the benchmarks' page too."""
+    readme = (ROOT / "README.md").read_text()
+    assert [link for link in re.findall(r"\]\((?!http|#)([^)#]+)", readme) if not (ROOT / link).exists()] == []
+    measured = readme[readme.index("## Measured") : readme.index("## Limits")]
+    benchmarks = (DOCS / "benchmarks.md").read_text()
+    assert [row for row in measured.splitlines() if row.startswith("|") and row not in benchmarks] == []
 
 
 def test_pictures_are_drawn_by_their_script(tmp_path, monkeypatch):
