@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -76,8 +77,20 @@ def test_commands_and_their_options_exist(page):
         assert command is not root and not [w for w in words if w.startswith("--") and w not in known], (command.name, words)
 
 
+def test_files_that_are_shown_are_valid():
+    """Every TOML block is a spec, a rule file or a run's file."""
+    shown = [tomllib.loads(block.content) for page in PAGES for block in blocks(page) if block.info == "toml"]
+    for found in shown:
+        kind = spec.AlertRules if "rules" in found else spec.RunConfig if "shards" in found else spec.CohortSpec
+        whole = found | ({"spec": {"modalities": {"rna": {"column": "rna"}}}} if kind is spec.RunConfig else {})
+        spec.validated(kind, whole, "the block")
+    assert len(shown) >= 4
+
+
 @pytest.mark.parametrize("notebook", sorted(p.name for p in (DOCS / "notebooks").glob("*.ipynb")))
-def test_a_notebook_runs(notebook, tmp_path):
+def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     read = nbformat.read(DOCS / "notebooks" / notebook, 4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read.cells), "strip the outputs"
     NotebookClient(read, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
