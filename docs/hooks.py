@@ -8,12 +8,13 @@ from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 
 from mmimpute import cli, spec
+from mmimpute.standards import features
 
 FIELDS = re.compile(r"^::fields (\w+)$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    markdown = FIELDS.sub(lambda found: fields(getattr(spec, found[1])), markdown)
+    markdown = FIELDS.sub(lambda found: fields(getattr(spec, found[1], None) or getattr(features, found[1])), markdown)
     return markdown.replace("::commands", commands()) if "::commands" in markdown else markdown
 
 

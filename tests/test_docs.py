@@ -22,11 +22,13 @@ from mmimpute import spec
 from mmimpute.cli import app
 from mmimpute.cluster import runtime
 from mmimpute.spec import ClusterSettings
+from mmimpute.standards.features import FeatureSpec
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 WITH_RAY = ("own-shards.md", "drift.md")  # in this order, in one folder
 GUIDES = ["index.md", *sorted(f"guides/{p.name}" for p in (DOCS / "guides").glob("*.md") if p.name not in WITH_RAY)]
+KINDS = {"rules": spec.AlertRules, "shards": spec.RunConfig, "min_subjects": FeatureSpec}
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
 
@@ -78,10 +80,10 @@ def test_commands_and_their_options_exist(page):
 
 
 def test_files_that_are_shown_are_valid():
-    """Every TOML block is a spec, a rule file or a run's file."""
+    """Every TOML block is a spec, a feature spec, a rule file or a run's file."""
     shown = [tomllib.loads(block.content) for page in PAGES for block in blocks(page) if block.info == "toml"]
     for found in shown:
-        kind = spec.AlertRules if "rules" in found else spec.RunConfig if "shards" in found else spec.CohortSpec
+        kind = next((kind for key, kind in KINDS.items() if key in found), spec.CohortSpec)
         whole = found | ({"spec": {"modalities": {"rna": {"column": "rna"}}}} if kind is spec.RunConfig else {})
         spec.validated(kind, whole, "the block")
     assert len(shown) >= 4
