@@ -40,12 +40,13 @@ features-env: $(FEAST)
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench-accuracy: $(READY)
 	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-features build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-features build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

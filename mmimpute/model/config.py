@@ -126,7 +126,7 @@ class ModelConfig:
         """The default for a number of training rows: a small cohort leans on the generative model and on dropout, and so do images,
         signals and texts, whose values only make sense together (see forms.py)."""
         small = {"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}
-        whole = {"elbo_weight": 0.3, "elbo_share": 0.5} if any(m.structured for m in modalities) else {}
+        whole = {"elbo_weight": 0.1, "elbo_share": 0.5} if any(m.structured for m in modalities) else {}
         return cls(modalities, **(small | whole | sizes))
 
     @classmethod
