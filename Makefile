@@ -4,6 +4,8 @@
 # make test-nightly          faults at 20 random moments each
 # make docs                  the documentation site, into site/
 # make features-env         Feast's own environment, .venv-features; the tests make it where it is not there
+# make lock                  after a change of constraints.txt: the archives of the images with their hashes
+# make sbom [DEVICE=cuda]    what an image holds, as CycloneDX: sbom.json
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +13,7 @@ BENCH ?= ../shared/bench
 READY := .venv/.ready
 FEAST := .venv-features/.ready
 
-.PHONY: demo serve test test-fast test-all test-nightly docs features-env lint clean bench-accuracy
+.PHONY: demo serve test test-fast test-all test-nightly docs features-env lock sbom lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -42,11 +44,18 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+lock: $(READY)
+	.venv/bin/python infra/lock.py
+
+sbom:
+	@test -x .venv-sbom/bin/cyclonedx-py || { $(PYTHON) -m venv .venv-sbom && .venv-sbom/bin/pip install --quiet --disable-pip-version-check "cyclonedx-bom==7.5.0"; }
+	cat infra/requirements.lock infra/requirements-$(or $(DEVICE),cpu).lock | .venv-sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o sbom.json -
+
 bench-accuracy: $(READY)
 	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-features build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-features .venv-sbom sbom.json build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
