@@ -30,6 +30,12 @@ PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 ALWAYS = datetime.max.replace(tzinfo=UTC)
 PIECE = 8 << 20  # bytes of a download at a time
 CREDENTIALS_SECONDS = 300  # for which they are kept: those of a role are handed out with more left than that
+# How the store is to encrypt what is written, as obstore and deltalake read it by themselves, and s3fs' names for it.
+ENCRYPTION = {
+    "AWS_SERVER_SIDE_ENCRYPTION": "ServerSideEncryption",
+    "AWS_SSE_KMS_KEY_ID": "SSEKMSKeyId",
+    "AWS_SSE_BUCKET_KEY_ENABLED": "BucketKeyEnabled",
+}
 CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(minutes=5), "allow_http": True}
 
 
@@ -109,7 +115,11 @@ def arrow_filesystem(url: str):
     from s3fs import S3FileSystem
 
     aws_options()  # s3fs without credentials answers late and obscurely
-    return PyFileSystem(FSSpecHandler(S3FileSystem(use_listings_cache=False))), normalise(url).removeprefix("s3://")
+    encryption = {name: os.environ[variable] for variable, name in ENCRYPTION.items() if variable in os.environ}
+    if "BucketKeyEnabled" in encryption:
+        encryption["BucketKeyEnabled"] = encryption["BucketKeyEnabled"] == "true"
+    found = S3FileSystem(use_listings_cache=False, skip_instance_cache=True, s3_additional_kwargs=encryption)  # by today's environment
+    return PyFileSystem(FSSpecHandler(found)), normalise(url).removeprefix("s3://")
 
 
 def connect(url: str, retry: dict = PATIENT, create: bool = False) -> S3Store | LocalStore:
