@@ -133,4 +133,25 @@ data "aws_iam_policy_document" "bucket" {
       values   = ["false"]
     }
   }
+
+  statement {
+    sid       = "NoEncryptionWithoutTheKey"
+    effect    = "Deny"
+    actions   = ["s3:PutObject"]
+    resources = ["${each.value.arn}/*"]
+    principals {
+      type        = "*"
+      identifiers = ["*"]
+    }
+    condition {
+      test     = "Null"
+      variable = "s3:x-amz-server-side-encryption"
+      values   = ["false"]
+    }
+    condition { # S3 would take a key of its own, not the bucket's
+      test     = "Null"
+      variable = "s3:x-amz-server-side-encryption-aws-kms-key-id"
+      values   = ["true"]
+    }
+  }
 }

@@ -144,7 +144,7 @@ def start_postgres(stack: Stack) -> None:
 
 @pytest.fixture(scope="module")
 def stack():
-    folder = Path(tempfile.mkdtemp(prefix="mm", dir="/tmp"))  # Ray's sockets want a short path
+    folder = Path(tempfile.mkdtemp(prefix="mm"))  # not pytest's: Ray's sockets want a short path
     folder.chmod(0o711)  # PostgreSQL's user passes through
     found = Stack(folder)
     try:

@@ -81,6 +81,16 @@ def test_only_tls(policies):
     assert statement["condition"] == [{"test": "Bool", "variable": "aws:SecureTransport", "values": ["false"]}]
 
 
+def test_no_object_is_under_another_key(policies):
+    """What a write may say of encryption: nothing, or the bucket's key."""
+    asked = {s["sid"]: {(c["test"], c["variable"].rsplit("-", 1)[1]): c["values"] for c in s["condition"]} for s in policies["bucket"][1:]}
+    assert asked == {
+        "NoOtherKey": {("StringNotEquals", "id"): ["${aws_kms_key.data.arn}"], ("Null", "id"): ["false"]},
+        "NoEncryptionWithoutTheKey": {("Null", "encryption"): ["false"], ("Null", "id"): ["true"]},
+    }
+    assert all(s["effect"] == "Deny" for s in policies["bucket"])
+
+
 def test_rights_are_named_one_by_one(policies):
     for name in ("reads_raw", "writes_enriched", "trust", "queue"):
         for statement in policies[name]:
