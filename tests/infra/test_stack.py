@@ -1,7 +1,7 @@
 """The commands, variables, secrets and health checks of infra/compose.yaml, run on this host: one flow through all of its parts.
 
-Changed are only names (127.0.0.1 for each part), ports (free ones), folders, and that Ray is told which address is its own. PostgreSQL is
-Debian's where that is installed, else Prefect keeps its SQLite.
+Changed are only names (127.0.0.1 for each part), ports (free ones) and folders. PostgreSQL is Debian's where that is installed, else
+Prefect keeps its SQLite. Ray's nodes listen on this host's own address, as they always do, and want the token.
 """
 
 import base64
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.services
 PORTS = re.compile(r"\b(8333|18333|9333|19333|8080|18080|8888|18888|5432|4200|6379|8081)\b")
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 LOOPBACK = "127.0.0.1"
-NODE = f"--node-ip-address={LOOPBACK}"
 
 
 class Stack:
@@ -52,7 +51,6 @@ class Stack:
         """What a part is told, with this host's names, ports and folders."""
         text = re.sub(rf"\b({'|'.join(self.parts)})(?=:\d)|0\.0\.0\.0|(?<=listen_addresses=)\*", LOOPBACK, text)
         text = PORTS.sub(lambda found: self.ports.setdefault(found[0], str(free_port())), text)
-        text = text.replace("ray start", f"ray start {NODE}")
         return text.replace("/run/secrets", str(self.folder / part)).replace("-dir=/data", f"-dir={self.folder}/data")
 
     def environment(self, part: str) -> dict[str, str]:
@@ -62,17 +60,15 @@ class Stack:
             secrets.mkdir()
             for secret in self.parts[part].get("secrets", []):
                 shutil.copy(self.folder / "secrets" / self.files[secret["source"]], secrets / secret["source"])
-        image = {"HOME": str(self.folder), "PREFECT_HOME": str(self.folder / "prefect"), "RAY_TMPDIR": str(self.folder)}
-        image |= {"PATH": f"{PLACES}:{POSTGRES}", "SECRETS": str(secrets), "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"}
-        image |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | {n: os.environ[n] for n in ("PYTHONPATH",) if n in os.environ}
+        image = dict(re.findall(r"\b([A-Z_]+)=(\S+)", (INFRA / "Dockerfile").read_text().split("\nENV ")[-1].split("\nUSER")[0]))
+        image |= {"HOME": str(self.folder), "PREFECT_HOME": str(self.folder / "prefect"), "RAY_TMPDIR": str(self.folder)}
+        image |= {"PATH": f"{PLACES}:{POSTGRES}", "SECRETS": str(secrets)} | {n: os.environ[n] for n in ("PYTHONPATH",) if n in os.environ}
         told = self.parts[part].get("environment", {})
         given = {name: LOOPBACK if value in self.parts else self.local(value, part) for name, value in told.items()}
         return image | {n: v for n, v in given.items() if POSTGRES or "DATABASE" not in n}
 
     def command(self, part: str, words: list[str]) -> list[str]:
-        words = [self.local(word, part) for word in words]
-        here = [NODE] if words[:2] == ["ray", "start"] else []
-        return [str(INFRA / "entrypoint.sh"), *words[:2], *here, *words[2:]]
+        return [str(INFRA / "entrypoint.sh"), *(self.local(word, part) for word in words)]
 
     def start(self, part: str, *more: str, **options) -> None:
         command = [*self.command(part, self.parts[part]["command"]), *more]
