@@ -14,7 +14,7 @@ from pathlib import Path
 INFRA = Path(__file__).parent
 TARGET = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "abi3", "--abi", "none"]
 TARGET += [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(28, 11, -1)] + ["--platform=manylinux2014_x86_64"]
-WANTED = [".[cluster,downstream,retrieval]", "hatchling"]  # hatchling builds our own wheel in the image
+WANTED = [".[cluster,downstream,retrieval,standards]", "hatchling"]  # hatchling builds our own wheel in the image
 CUDA = re.compile("torch|triton|nvidia-.*|cuda-.*")
 INDEX = "https://pypi.org/simple"
 

@@ -143,7 +143,8 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings
     from mmimpute.gate import held_out
     from mmimpute.tasks.asking import ask, check_label, people_of
 
-    model, marginals = registry.load(place), registry.marginals(place)
+    model = registry.load(place)
+    marginals = registry.marginals(model.url)
     beside = [settings.label] if settings.label else []
     check_label(model.schema, settings.label)
     with runtime.cluster(cluster):

@@ -66,7 +66,7 @@ def _held_against(found: Survey, spec: CohortSpec, place: str, champion: str | N
     if champion:
         verdict, told = gates.compare(models[1], models[0], asked.x, asked.place, binary, gate)
     else:
-        told = gates.tell(models[0], asked.x, asked.place, binary, registry.marginals(place), gate.seed)
+        told = gates.tell(models[0], asked.x, asked.place, binary, registry.marginals(models[0].url), gate.seed)
         verdict = {}
     numbers = card.numbers(told.modalities, {c: asked.beside[c] for c in spec.subgroups}, told.outcomes)
     window = card.window(asked.beside[spec.timestamp]) if spec.timestamp else None
