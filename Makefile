@@ -6,6 +6,8 @@
 # make features-env         Feast's own environment, .venv-features; the tests make it where it is not there
 # make lock                  after a change of constraints.txt: the archives of the images with their hashes
 # make sbom [DEVICE=cuda]    what an image holds, as CycloneDX: sbom.json
+# make audit                 known vulnerabilities of the pinned set, asked of PyPI
+# make fuzz                  20,000 damaged inputs on each way in
 # make lint | clean | bench-accuracy [BENCH=../shared/bench]
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +15,7 @@ BENCH ?= ../shared/bench
 READY := .venv/.ready
 FEAST := .venv-features/.ready
 
-.PHONY: demo serve test test-fast test-all test-nightly docs features-env lock sbom lint clean bench-accuracy
+.PHONY: demo serve test test-fast test-all test-nightly docs features-env lock sbom audit fuzz lint clean bench-accuracy
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -51,11 +53,18 @@ sbom:
 	@test -x .venv-sbom/bin/cyclonedx-py || { $(PYTHON) -m venv .venv-sbom && .venv-sbom/bin/pip install --quiet --disable-pip-version-check "cyclonedx-bom==7.5.0"; }
 	cat infra/requirements.lock infra/requirements-$(or $(DEVICE),cpu).lock | .venv-sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o sbom.json -
 
+audit:
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet --disable-pip-version-check "pip-audit==2.10.1"; }
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+fuzz: $(READY)
+	MMIMPUTE_FUZZ=20000 .venv/bin/pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
+
 bench-accuracy: $(READY)
 	.venv/bin/python tests/benchmarks/accuracy.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-features .venv-sbom sbom.json build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-features .venv-sbom .venv-audit sbom.json build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
