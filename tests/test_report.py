@@ -36,6 +36,10 @@ def a_run() -> dict:
         "shards": {"total": 16, "new": 15, "already_done": 0, "set_aside": [{"shard": "part-3.parquet", "error": "not Parquet"}]},
         "rows": 9254,
         "from_prior": 12,
+        "heads": [
+            {"column": "outcome__died", "levels": ["0", "1"], "people": 1278, "auroc": 0.833, "curve": [[64, 0.807], [1278, 0.833]]},
+            {"column": "stage", "levels": ["I", "II", "III"], "people": 12, "auroc": None, "curve": []},
+        ],
         "imputed": {"labs": {"rows": 3354, "values": 12345}, "dx": {"rows": 250, "values": 500}},
         "profile": {
             "rows": 9254,
@@ -188,15 +192,17 @@ def test_page_says_what_the_run_did(page):
     facts = ("A cohort", "21 November 2026, 02:00 UTC", "9,254", "s3://bucket/models/9f2c0e3b", "version 3", "15 new", "part-3.parquet")
     assert [fact for fact in facts if fact not in page] == []
     assert "An imputation is not a measurement" in page
-    drawn = "patterns, training, skill, two of features, coverage, reliability, PIT, distribution"
-    assert page.count("<svg") == 1 + 3 + 1 + 2 + 1 + 1 + 1 + 1, drawn
+    drawn = "patterns, training, skill, two of features, coverage, reliability, PIT, distribution, labels"
+    assert page.count("<svg") == 1 + 3 + 1 + 2 + 1 + 1 + 1 + 1 + 1, drawn
 
 
 def test_the_same_run_makes_the_same_page(page):
     assert render(a_run()) == page
 
 
-@pytest.mark.parametrize("part", ["history", "evaluation", "profile", "imputed", "seconds", "shards", "started", "table_url", "from_prior"])
+@pytest.mark.parametrize(
+    "part", ["history", "evaluation", "heads", "profile", "imputed", "seconds", "shards", "started", "table_url", "from_prior"]
+)
 def test_a_missing_part_is_left_out(part):
     for absent in (None, "gone"):
         run = a_run()

@@ -16,11 +16,15 @@ classify_app = typer.Typer()
 
 
 @classify_app.command()
-def finetune(config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file with a table \\[finetune]")]) -> None:
+def finetune(
+    config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file with a table \\[finetune]")],
+    report: Annotated[Path | None, typer.Option(help="write an HTML page with a plot to this file")] = None,
+) -> None:
     """Fit a head for scarce labels on the champion's z0, from the shards' labelled records, and print its URL.
 
     The table: target = \\["outcome__pam50"], and optionally full = true, class_weight = "balanced", epochs, lr, most, seed.
-    The head belongs to the model that is champion now. AUROC is out of fold: by members that have not seen the people.
+    The head belongs to the model that is champion now. AUROC is out of fold: by members that have not seen the people; also of linear
+    heads that learnt from fewer labels, to tell whether more would help.
 
     Example: mmimpute finetune run.toml
     """
@@ -39,6 +43,11 @@ def finetune(config: Annotated[Path, typer.Argument(help="the run's configuratio
         found.add_row(escape(t["column"]), f"{t['people']:,}", escape(", ".join(t["levels"])), auroc, fewer)
     console.print(found)
     console.print(f"head: {escape(done['head'])}")
+    if report:
+        from mmimpute.report import render  # matplotlib is for those who want pages
+
+        title = f"Head of model {done['model'].rsplit('/', 1)[-1][:12]}"
+        report.write_text(render({"title": title, "heads": done["targets"]}), encoding="utf-8")
     finish(done["set_aside"])
 
 

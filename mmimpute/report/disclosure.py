@@ -36,6 +36,7 @@ def view(run: dict) -> dict[str, Any]:
         "profile": _profile(run["profile"]) if run.get("profile") else None,
         "history": [{name: number(value) for name, value in epoch.items()} for epoch in run.get("history") or ()],
         "evaluation": _evaluation(run["evaluation"]) if run.get("evaluation") else None,
+        "heads": [_head(head) for head in run.get("heads") or ()],
         "drift": _drift(run["drift"]) if (run.get("drift") or {}).get("judged") else None,
     }
 
@@ -69,6 +70,13 @@ def _text(x: Any) -> str | None:
 def _alert(alert: dict) -> dict:
     count = alert.get("people")
     return {"rule": str(alert.get("rule")), "message": str(alert.get("message") or ""), "people": FEW if count == FEW else people(count)}
+
+
+def _head(head: dict) -> dict:
+    """As `heads.Target` has it: its classes and the points of its curve stand for enough people."""
+    curve = [(people(labelled), number(auroc)) for labelled, auroc in head["curve"]]
+    told = {"name": str(head["column"]), "classes": len(head["levels"]), "people": people(head["people"])}
+    return told | {"auroc": number(head["auroc"]), "curve": curve}
 
 
 def _imputed(name: str, counts: dict) -> dict:

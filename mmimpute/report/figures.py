@@ -7,7 +7,7 @@ readers tell apart, and no figure relies on colour alone. `svg` exchanges them f
 import io
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import matplotlib
@@ -143,6 +143,17 @@ def missing(modalities: list[dict]) -> Figure:
         axes.set(xlim=(0, max([0.1, *before, *now]) * 1.05), ylim=(len(modalities) - 0.5, -0.5), xlabel="share of records")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(axis="y", length=0)
+        axes.legend(loc="best", fontsize=8)
+        return figure
+
+
+def labels(heads: list[dict]) -> Figure:
+    """AUROC of each target by the number of labelled people that a head has learnt from."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel("What fewer labels give", width=4.4)
+        for head, colour in zip(heads, cycle(GROUPS), strict=False):
+            axes.plot(*zip(*head["curve"], strict=True), "-o", color=colour, label=shortened(head["name"]), linewidth=1.6, ms=4)
+        axes.set(xlabel="people with a label", ylabel="AUROC, out of fold", xscale="log")
         axes.legend(loc="best", fontsize=8)
         return figure
 

@@ -132,6 +132,12 @@ class _Drawing:
         values = {told: [e[key]["10"] for e in entries] for key, told in (("recall", "through z0"), ("chance", "by chance"))}
         return self._dots([f"{e['query']} → {e['among']}" for e in entries], values, "Found among the first ten", "share of people")
 
+    def labels(self, heads: list[dict]) -> Markup:
+        from mmimpute.report import figures
+
+        told = (f"{head['name']} {decimal(head['curve'][-1][1])} by {count(head['curve'][-1][0])} labels" for head in heads)
+        return self._svg(figures.labels(heads), "AUROC by the number of labels: " + ", ".join(told))
+
     def _dots(self, names: list[str], values: dict[str, list], title: str, label: str) -> Markup:
         from mmimpute.report import figures
 
