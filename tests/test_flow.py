@@ -118,6 +118,15 @@ def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_p
     for name in ("create_table_artifact", "create_link_artifact"):
         monkeypatch.setattr(tasks, name, lambda *_, **__: None)
     monkeypatch.setattr(tasks, "create_progress_artifact", lambda *_, **__: None)
+    with runtime.cluster(cluster):  # one Ray for all stages; the flow above starts its own
+        live_through(config, steps, monkeypatch)
+
+
+def live_through(config: RunConfig, steps: list[float], monkeypatch) -> None:
+    """A first run, a second that finds all done, and a retraining."""
+    from flows import population as flow
+
+    url = config.output.removesuffix("/output")
     stages = flow.population_run.fn(config)
     assert stages["plan"]["new"] == 2 and stages["impute"]["rows"] == 200 and stages["fit"]["trained"]
     # fit: one epoch, then done; impute, and alerts: two shards, then done
@@ -151,8 +160,7 @@ def retrained(config: RunConfig, monkeypatch) -> None:
     assert [name for name, _ in told] == ["mmimpute.drift.found", "mmimpute.retraining.wanted"]  # its labs and rna belong to other latents
     assert "50% more records" in told[1][1]["reasons"][-1] and told[1][1]["reasons"][:-1] == told[0][1]["reasons"]
     told.clear()
-    with runtime.cluster(config.cluster):
-        stages = flow.retrain.fn(config)
+    stages = flow.retrain.fn(config)
     challenger, decision = stages["challenge"], stages["judge"]
     assert challenger["trained"] and registry.read_record(challenger["model"], "fitted")["start"].endswith(champion)
     assert decision["champion"] == champion and set(decision["modalities"]) == {"labs", "rna", "dx"}

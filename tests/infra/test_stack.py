@@ -29,7 +29,7 @@ from mmimpute.spec import ImputeSettings
 from tests.conftest import SPEC, free_port, write_cohort
 from tests.infra.files import INFRA, PLACES, answer, program
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 PORTS = re.compile(r"\b(8333|18333|9333|19333|8080|18080|8888|18888|5432|4200|6379|8081)\b")
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 LOOPBACK = "127.0.0.1"
