@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
 from safetensors.torch import save as save_weights
@@ -31,6 +31,7 @@ from mmimpute.sizing import modality_configs
 
 CHAMPION = "champion.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
+TYPES = TypeAdapter(ModelConfig)
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 
 
@@ -169,11 +170,18 @@ def listed(home: str) -> list[Listed]:
     found, now = [], alias(home)
     for name in digests(home):
         place = storage.join(home, name)
-        fitted, gate = read_record(place, "fitted") or {}, read_record(place, "gate") or {}
+        fitted, gate = _facts(place, "fitted"), _facts(place, "gate")
         found.append(Listed(name, fitted.get("at"), fitted.get("rows"), _role(name, now), gate.get("reason")))
     if not found:
         raise UserError(f"{home}: no model there; give the URL that `mmimpute fit --model` wrote to")
     return sorted(found, key=lambda m: m.fitted or "", reverse=True)
+
+
+def _facts(place: str, name: str) -> dict[str, Any]:
+    found = read_record(place, name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{place}/{name}.json: not a record of mmimpute; fit the model again")
+    return found
 
 
 def _role(name: str, now: Alias | None) -> str:
@@ -210,7 +218,9 @@ def load(url: str) -> Model:
     file, text = _parse(place)
     try:
         weights = _weights(place)
-        module = Imputer.from_state(ModelConfig.from_dict(file.config), load_weights(weights))
+        config = ModelConfig.from_dict(file.config)
+        TYPES.validate_python(dataclasses.asdict(config))
+        module = Imputer.from_state(config, load_weights(weights))
         fits = module.config.modalities == modality_configs(file.cohort)
     except (ZeroDivisionError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{place}: a damaged model, or one of another version of mmimpute ({str(error)[:200]})") from None

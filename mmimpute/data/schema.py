@@ -8,11 +8,11 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.types as pt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmimpute.errors import DataError, UserError
 from mmimpute.spec import SHAPES, CohortSpec, Decoder, Form, ModalitySpec, SpecKind, Tails
@@ -59,6 +59,13 @@ class Modality(_Frozen):
     vocabulary: tuple[str, ...] = Field((), description="of a text, the most frequent token first")
     chances: tuple[float, ...] = Field((), description="share of no token, then of each of the vocabulary, among the places of a text")
     most: int = Field(0, description="tokens of the vocabulary at most")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        wanted = len(self.features) if self.layout == "scalars" else 1
+        if len(self.columns) != wanted or len(self.types) != wanted:
+            raise ValueError(f"{len(self.columns)} columns and {len(self.types)} types where {wanted} are wanted")
+        return self
 
     @property
     def structured(self) -> bool:
@@ -336,6 +343,8 @@ def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
         raise DataError(shard, twice[0], "two columns of this name", "each name once", "rename or drop one of them")
     if schema.subject_id not in arrow.names:
         raise DataError(shard, schema.subject_id, "no such column", "the subject id", "add the column or mend subject_id in the spec")
+    if pt.is_nested(kind := arrow.field(schema.subject_id).type):
+        raise DataError(shard, schema.subject_id, f"type {kind}", "ids of text or numbers", "convert the column")
     for modality in schema.modalities:
         for column, trained in zip(modality.columns, modality.types, strict=True):
             if column not in arrow.names:
