@@ -29,12 +29,6 @@ def pytest_xdist_make_scheduler(config, log) -> ByModule:
     return ByModule(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that start Ray and Prefect first: they wait a lot, and one that came last would be waited for alone."""
-    longest = {item.path for item in items if item.get_closest_marker("services")}
-    items.sort(key=lambda item: item.path not in longest)
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
     """The faults that were injected, and what they cost; side by side only this file is read where the summary is written."""
     reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", None) == "call"]
