@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from datetime import UTC, datetime
 
 import mmimpute
@@ -195,22 +196,23 @@ def impute_table(
     if settings.head:
         heads.check(settings.head, place)
     todo = table.outstanding(output, expected_outputs(found, place, settings))
-    found_bad, seconds = {}, dict.fromkeys(PHASES, 0.0)
-    rows, retries, record = 0, 0, metrics.Record() if todo else None
+    seconds = dict.fromkeys((*PHASES, "all"), 0.0)
+    done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": 0, "retries": 0, "seconds": seconds}
+    found_bad, written = {}, None
     if todo:
-        with runtime.cluster(cluster):
+        with runtime.cluster(cluster), closing(metrics.Record()) as record:
             for number, status in enumerate(impute_shards(place, found.url, todo, output, settings, cluster), 1):
                 if status["error"]:
                     found_bad[status["shard"]] = status["error"]
-                rows, retries = rows + status["rows"], retries + status["tries"] - 1
+                done["rows"] += status["rows"]
+                done["retries"] += status["tries"] - 1
                 for phase in PHASES:
                     seconds[phase] += status["seconds"][phase]
                 record.add(status)
-                on_shard({"imputed": number, "of": len(todo), "rows": rows, "set_aside": len(found_bad)})
-    seconds["all"] = time.perf_counter() - began
-    done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": rows, "retries": retries, "seconds": seconds}
-    run = done | lineage(found, place, settings) | {"set_aside": len(found_bad)}
-    written = record.publish(storage.join(output, "_runs"), run) if record else None
+                on_shard({"imputed": number, "of": len(todo), "rows": done["rows"], "set_aside": len(found_bad)})
+            seconds["all"] = time.perf_counter() - began
+            run = done | lineage(found, place, settings) | {"set_aside": len(found_bad)}
+            written = record.publish(storage.join(output, "_runs"), run)
     return done | {"set_aside": found.set_aside | found_bad, "metrics": written}
 
 

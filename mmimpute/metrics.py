@@ -21,11 +21,11 @@ IN_MEMORY = 16 << 20
 
 
 class Record:
-    """Statuses of shards (see `imputing.ShardImputer.impute`), one row each; of millions only some are in memory."""
+    """Statuses of shards (see `imputing.ShardImputer.impute`), one row each; of millions only some are in memory. To be closed."""
 
     def __init__(self) -> None:
         self.started = datetime.now(UTC)
-        self.file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (closed when it is published)
+        self.file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (`close`)
         self.writer = pq.ParquetWriter(self.file, SCHEMA, compression="zstd")
         self.held: list[dict] = []
 
@@ -44,8 +44,11 @@ class Record:
         self.file.seek(0)
         name = f"impute-{self.started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}.parquet"
         storage.write(url, name, self.file)
-        self.file.close()
         return storage.join(url, name)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
 
     def _flush(self) -> None:
         if self.held:

@@ -41,8 +41,11 @@ SETTINGS = ImputeSettings()
 
 def aim(kind: str, unit: float | None = None, step: float = 0.0, **condition) -> alerts.Aim:
     rule = Rule(feature="x", probability=0.5, **condition)
-    modality = Modality(name="m", layout="scalars", columns=("x",), types=("float",), features=(), impute=True, hide=0.5, tails="student")
-    return alerts.Aim("rule", rule, Place(modality, Feature(name="x", kind=kind), "x", 0, 0), unit, step, ())
+    feature = Feature(name="x", kind=kind)
+    modality = Modality(
+        name="m", layout="scalars", columns=("x",), types=("float",), features=(feature,), impute=True, hide=0.5, tails="student"
+    )
+    return alerts.Aim("rule", rule, Place(modality, feature, "x", 0, 0), unit, step, ())
 
 
 @given(st.floats(-5, 5), st.floats(0.1, 3), st.floats(-5, 5))

@@ -1,6 +1,7 @@
 """The record of a run."""
 
 import json
+from contextlib import closing
 
 import pyarrow.parquet as pq
 
@@ -16,10 +17,10 @@ def status(number: int, error: str | None = None) -> dict:
 
 def test_one_row_per_shard_and_the_run_in_the_metadata(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "TOGETHER", 2)
-    record = metrics.Record()
-    for number in range(5):
-        record.add(status(number, "shard 4: bad" if number == 4 else None))
-    file = pq.ParquetFile(record.publish(str(tmp_path), {"retries": 5}))
+    with closing(metrics.Record()) as record:
+        for number in range(5):
+            record.add(status(number, "shard 4: bad" if number == 4 else None))
+        file = pq.ParquetFile(record.publish(str(tmp_path), {"retries": 5}))
     written = file.read()
     assert written["shard"].to_pylist() == [f"{n}.parquet" for n in range(5)]
     assert written["values"].to_pylist() == [12, 12, 12, 12, 0] and written["error"].drop_null().to_pylist() == ["shard 4: bad"]
