@@ -14,7 +14,7 @@ from mmimpute.commands.classify import classify_app
 from mmimpute.commands.features import features_app
 from mmimpute.commands.finish import finish
 from mmimpute.commands.operate import operate_app
-from mmimpute.commands.options import DEFAULT_HOME, ModelUrl
+from mmimpute.commands.options import DEFAULT_HOME, Address, ModelUrl
 from mmimpute.commands.standards import export_app, ingest_app
 from mmimpute.commands.store import store_app
 from mmimpute.commands.tasks import task_tables, tasks_app
@@ -56,7 +56,6 @@ app.add_typer(evaluate_app, name="evaluate")
 
 Shards = Annotated[str, typer.Option(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")]
 Output = Annotated[str, typer.Option(help="URL to write to")]
-Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
 MOST_FEATURES = 12  # shown of a modality
 
 

@@ -102,14 +102,17 @@ def to_toml(spec: CohortSpec, schema: CohortSchema, unused: list[str]) -> str:
 
 
 def _modality(spec: ModalitySpec, modality) -> list[str]:
-    name = json.dumps(modality.name)
-    kinds = [f.kind for f in modality.features]
-    place = f"column = {json.dumps(spec.column)}" if spec.column else f"prefix = {json.dumps(spec.prefix)}"
+    head = [f"[modalities.{json.dumps(modality.name)}]"]
+    head.append(f"column = {json.dumps(spec.column)}" if spec.column else f"prefix = {json.dumps(spec.prefix)}")
     if modality.structured:
-        return [f"[modalities.{name}]", place, f"form = {json.dumps(modality.form)}", f"shape = {json.dumps(list(modality.shape))}"]
-    lines = [f"[modalities.{name}]", place, f"features = {json.dumps([f.name for f in modality.features])}"]
-    lines.append(f"kinds = {json.dumps(kinds[0] if len(set(kinds)) == 1 else kinds)}")
+        return [*head, f"form = {json.dumps(modality.form)}", f"shape = {json.dumps(list(modality.shape))}"]
+    lines = head + features_toml([f.name for f in modality.features], [f.kind for f in modality.features])
     if levels := {f.name: f.levels for f in modality.features if f.levels}:
-        lines.append(f"[modalities.{name}.levels]")
+        lines.append(f"[modalities.{json.dumps(modality.name)}.levels]")
         lines += [f"{json.dumps(feature)} = {json.dumps(list(values))}" for feature, values in levels.items()]
     return lines
+
+
+def features_toml(names: list[str], kinds: list[str]) -> list[str]:
+    """The lines of a modality's features, and their kinds: one where all have it."""
+    return [f"features = {json.dumps(names)}", f"kinds = {json.dumps(kinds[0] if len(set(kinds)) == 1 else kinds)}"]

@@ -17,7 +17,7 @@ from mmimpute.model.head import Head, Labels, fit_full, fit_linear
 from mmimpute.registry import Model
 from mmimpute.spec import FinetuneSettings
 
-SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the labelled people, from which heads are fitted for the curve
+SHARES = (0.05, 0.1, 0.25, 0.5)  # of the labelled people, from which heads are fitted for the curve; its end is the head of all
 
 
 def check_targets(model: Model, settings: FinetuneSettings) -> None:
@@ -44,12 +44,12 @@ def fit(
     with torch.no_grad():
         inputs = vae.inputs(*data)
         z0_ENL = Head(members, vae.config.shared, ()).latents(vae, inputs.codes, inputs.present_BK)
-    head = fit_linear(z0_ENL, labels)
-    if settings.full:
-        head = fit_full(vae, head, inputs, labels, settings.epochs, settings.lr, settings.seed)
+    linear = fit_linear(z0_ENL, labels)
+    head = fit_full(vae, linear, inputs, labels, settings.epochs, settings.lr, settings.seed) if settings.full else linear
     said = out_of_fold(head.members(vae, *data), fold_N)
-    fewer = {share: _of_fewer(share, z0_ENL, classes_NT, sizes, fold_N, balanced, settings.seed) for share in SHARES}
-    columns = zip(settings.target, found, said, zip(*fewer.values(), strict=True), strict=True)
+    fewer = [_of_fewer(share, z0_ENL, classes_NT, sizes, fold_N, balanced, settings.seed) for share in SHARES]
+    fewer.append(_of_linear(linear, z0_ENL, classes_NT, fold_N))
+    columns = zip(settings.target, found, said, zip(*fewer, strict=True), strict=True)
     return head, tuple(_target(*known, fold_N.numpy() >= 0) for known in columns)
 
 
@@ -59,9 +59,12 @@ def _of_fewer(
     """Per target how many labels this share of the people has, and what a linear head that learnt from them says of everybody."""
     taken_N = torch.from_numpy(np.random.default_rng(seed).random(len(fold_N)) < share)
     few_NT = torch.where(taken_N[:, None], classes_NT, -1)
-    head = fit_linear(z0_ENL, Labels.of(few_NT, sizes, fold_N, len(z0_ENL), balanced))
+    return _of_linear(fit_linear(z0_ENL, Labels.of(few_NT, sizes, fold_N, len(z0_ENL), balanced)), z0_ENL, few_NT, fold_N)
+
+
+def _of_linear(head: Head, z0_ENL: Tensor, known_NT: Tensor, fold_N: Tensor) -> list[tuple[int, np.ndarray]]:
     said = out_of_fold([f_ENC.detach().softmax(2) for f_ENC in head.logits(z0_ENL)], fold_N)
-    return list(zip((few_NT >= 0).sum(0).tolist(), said, strict=True))
+    return list(zip((known_NT >= 0).sum(0).tolist(), said, strict=True))
 
 
 def out_of_fold(members: list[Tensor], fold_N: Tensor) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.schema import CohortSchema
 from mmimpute.errors import UserError
+from mmimpute.model.budget import Budget
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.imputer import Imputer
 from mmimpute.sizing import modality_configs
@@ -32,6 +33,8 @@ from mmimpute.sizing import modality_configs
 CHAMPION = "champion.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
 TYPES = TypeAdapter(ModelConfig)
+# Building a model makes .96 to .99 times as many values as its state has. A config from outside that asks for far more is refused.
+WASTE, SMALL = 4, 1 << 20
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 
 
@@ -220,7 +223,9 @@ def load(url: str) -> Model:
         weights = _weights(place)
         config = ModelConfig.from_dict(file.config)
         TYPES.validate_python(dataclasses.asdict(config))
-        module = Imputer.from_state(config, load_weights(weights))
+        state = load_weights(weights)
+        with Budget(WASTE * sum(t.numel() for t in state.values()) + SMALL):
+            module = Imputer.from_state(config, state)
         fits = module.config.modalities == modality_configs(file.cohort)
     except (ZeroDivisionError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{place}: a damaged model, or one of another version of mmimpute ({str(error)[:200]})") from None

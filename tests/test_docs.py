@@ -95,7 +95,7 @@ def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     read = nbformat.read(DOCS / "notebooks" / notebook, 4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read.cells), "strip the outputs"
-    NotebookClient(read, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(read, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.services

@@ -1,6 +1,7 @@
 """What runs leave behind, listed and shown."""
 
 import io
+from contextlib import closing
 
 import pyarrow as pa
 import pytest
@@ -24,11 +25,11 @@ def output(tmp_path, small_cohort):
     lineage = jobs.lineage(survey_for(small_cohort[0], registry.describe(place).cohort), place, ImputeSettings())
     counts = '{"rows": 1, "from_prior": 0, "imputed": {}}'
     for number, committed in enumerate([True, False]):
-        record = Record()
-        for shard in range(3):
-            record.add(status(shard, "shard 2: bad" if shard == 2 else None) | {"seconds": {"read": 1.0, "model": shard, "write": 0.5}})
-        did = {"rows": 20, "shards": 3, "done_before": 0, "retries": 3, "seconds": {"all": 1.5}, "set_aside": 1}
-        name = record.publish(f"{url}/_runs", did | lineage).rsplit("/", 1)[1]
+        with closing(Record()) as record:
+            for shard in range(3):
+                record.add(status(shard, "shard 2: bad" if shard == 2 else None) | {"seconds": {"read": 1.0, "model": shard, "write": 0.5}})
+            did = {"rows": 20, "shards": 3, "done_before": 0, "retries": 3, "seconds": {"all": 1.5}, "set_aside": 1}
+            name = record.publish(f"{url}/_runs", did | lineage).rsplit("/", 1)[1]
         publish_table(url, f"a-{number:08x}-{number:032x}.parquet", _enriched(counts))
         if committed:
             table.commit(url, table.published(url), lineage | {"run": name})

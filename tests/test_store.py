@@ -42,10 +42,8 @@ def endpoint(folder) -> store.Endpoint:
     return endpoint
 
 
-def test_start_is_idempotent_and_quick(folder, endpoint):
-    began = time.monotonic()
+def test_start_is_idempotent(folder, endpoint):
     assert store.start(folder) == endpoint == store.status(folder)
-    assert time.monotonic() - began < 3.0
 
 
 def test_object_round_trip_with_multipart(endpoint):

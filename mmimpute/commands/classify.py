@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from mmimpute.commands.finish import finish
-from mmimpute.commands.options import TABLE_HELP
+from mmimpute.commands.options import TABLE_HELP, Address
 from mmimpute.console import console, new_table, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings, ImputeSettings, read_config, validated
@@ -63,7 +63,7 @@ def classify(
     prune: Annotated[bool, typer.Option("--prune", help="as of `mmimpute impute`")] = False,
     actors: Annotated[int, typer.Option(help="as of `mmimpute impute`")] = 0,
     gpus_per_actor: float = 0,
-    address: Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")] = None,
+    address: Address = None,
 ) -> None:
     """Write enriched shards with the head's probabilities beside what is imputed, and commit them to the Delta table.
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from mmimpute.commands.finish import finish
-from mmimpute.commands.options import TABLE_HELP, ModelUrl
+from mmimpute.commands.options import TABLE_HELP, Address, ModelUrl
 from mmimpute.console import console, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings
@@ -17,7 +17,6 @@ ingest_app = typer.Typer(no_args_is_help=True, help="Clinical data standards int
 export_app = typer.Typer(no_args_is_help=True, help="Imputed values out into clinical data standards.")
 Dataset = Annotated[str, typer.Option(help="URL to write the MEDS dataset to; empty")]
 Memory = Annotated[str, typer.Option(help="most that DuckDB holds, such as 4GB; default: four fifths of the machine's")]
-Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")]
 
 
 @ingest_app.command()

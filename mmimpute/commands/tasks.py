@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmimpute.commands.finish import finish
-from mmimpute.commands.options import ModelUrl
+from mmimpute.commands.options import Address, ModelUrl
 from mmimpute.console import console, new_table
 from mmimpute.report.tasks import SAMPLES, condition
 from mmimpute.spec import ClusterSettings
@@ -23,7 +23,7 @@ def retrieve(
     among: Annotated[str, typer.Option(help="modality that is looked for")],
     output: Annotated[str, typer.Option(help="URL to write the table to; it holds subject ids")],
     k: Annotated[int, typer.Option(min=1, help="how many are found for each")] = 10,
-    address: Annotated[str | None, typer.Option(help="address of a Ray cluster; default: a local one")] = None,
+    address: Address = None,
 ) -> None:
     """Find for one modality of everyone who holds it the likeliest of all that hold another: cross-modal retrieval through z0.
 

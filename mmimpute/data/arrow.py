@@ -53,8 +53,7 @@ def check_subjects(ids: pa.ChunkedArray, column: str, shard: str) -> None:
         raise DataError(shard, None, "no records", "at least one", "remove the shard")
     if ids.null_count:
         raise DataError(shard, column, f"{ids.null_count} null subject ids", "an id in every record", "fill or drop those records")
-    plain = ids.cast(ids.type.value_type) if pt.is_dictionary(ids.type) else ids
-    distinct = pc.count_distinct(plain).as_py()
+    distinct = pc.count_distinct(_one(ids)).as_py()
     if distinct != len(ids):
         raise DataError(shard, column, f"{len(ids) - distinct} repeated subject ids", "each once", "merge or drop the repeated records")
 

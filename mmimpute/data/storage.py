@@ -112,14 +112,18 @@ def arrow_filesystem(url: str):
 
     if not is_s3(url):
         return LocalFileSystem(), str(local_path(url))
+    return PyFileSystem(FSSpecHandler(s3_filesystem())), normalise(url).removeprefix("s3://")
+
+
+def s3_filesystem():
+    """S3 for the libraries that take fsspec, by today's environment."""
     from s3fs import S3FileSystem
 
     aws_options()  # s3fs without credentials answers late and obscurely
     encryption = {name: os.environ[variable] for variable, name in ENCRYPTION.items() if variable in os.environ}
     if "BucketKeyEnabled" in encryption:
         encryption["BucketKeyEnabled"] = encryption["BucketKeyEnabled"] == "true"
-    found = S3FileSystem(use_listings_cache=False, skip_instance_cache=True, s3_additional_kwargs=encryption)  # by today's environment
-    return PyFileSystem(FSSpecHandler(found)), normalise(url).removeprefix("s3://")
+    return S3FileSystem(use_listings_cache=False, skip_instance_cache=True, s3_additional_kwargs=encryption)
 
 
 def connect(url: str, retry: dict = PATIENT, create: bool = False) -> S3Store | LocalStore:

@@ -46,10 +46,7 @@ def workplace(memory: str) -> Iterator[Connection]:
 def open_to(con: Connection, url: str) -> Callable[[str], str]:
     """How DuckDB names an object under a URL; s3 goes through s3fs, since its own client is an extension that it downloads."""
     if storage.is_s3(url):
-        from s3fs import S3FileSystem
-
-        storage.aws_options()  # s3fs without credentials answers late and obscurely
-        con.register_filesystem(S3FileSystem(use_listings_cache=False))
+        con.register_filesystem(storage.s3_filesystem())
     return lambda key: storage.join(url, key)
 
 

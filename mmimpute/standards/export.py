@@ -55,11 +55,14 @@ def _check(schema: CohortSchema, modalities: list[Modality], columns: pa.Schema,
         raise UserError(f"{output}: subject ids are {schema.subject_type}; those of MEDS are whole numbers")
     if schema.timestamp is None:
         raise UserError(f"{output}: the cohort has no timestamp; imputed values without a time would count as known at any time")
-    wanted = [schema.subject_id, schema.timestamp, *(c + s for m in modalities for c in m.columns for s in ("", "__imputed", "__std"))]
-    if absent := [c for c in wanted if c not in columns.names]:
+    if absent := [c for c in _columns(schema, modalities) if c not in columns.names]:
         raise UserError(f"{output}: the table has no column {absent[0]!r}; give the model that imputed it")
     if not is_time(kind := columns.field(schema.timestamp).type):
         raise UserError(f"{output}: column {schema.timestamp!r} is {kind}; expected dates or timestamps")
+
+
+def _columns(schema: CohortSchema, modalities: list[Modality]) -> list[str]:
+    return [schema.subject_id, schema.timestamp, *(c + s for m in modalities for c in m.columns for s in ("", "__imputed", "__std"))]
 
 
 def code_of(modality: Modality, feature: str) -> str:
@@ -79,12 +82,11 @@ def _codes(modality: Modality) -> list[tuple[str, str, list[str] | None]]:
 def _export_object(schema: CohortSchema, modalities: list[Modality], output: str, to: str, shard: Shard) -> tuple[dict, set[str]]:
     """Publishes the events of one object of the table, if it has any. Returns counts, and the codes that came."""
     file = open_shard(output, shard)
-    columns = [schema.subject_id, schema.timestamp, *(c + s for m in modalities for c in m.columns for s in ("", "__imputed", "__std"))]
     counts, codes = {"rows": file.metadata.num_rows, "undated": 0, "events": 0}, set()
     with tempfile.SpooledTemporaryFile(IN_MEMORY) as sink:
         with pq.ParquetWriter(sink, IMPUTED, compression="zstd", write_page_checksum=True) as writer:
             try:
-                for batch in file.iter_batches(BATCH, columns=columns):
+                for batch in file.iter_batches(BATCH, columns=_columns(schema, modalities)):
                     dated = batch.filter(batch.column(schema.timestamp).is_valid())
                     events = imputed_events(dated, schema, modalities)
                     counts["undated"] += len(batch) - len(dated)

@@ -12,13 +12,13 @@ import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.shards import Shard, publish_table
 from mmimpute.data.table import digest, source
+from mmimpute.drafting import OUTCOMES
 from mmimpute.standards.features import KINDS, Cohort, FeatureSpec, Mapping, read_cohort, read_mapping, resolve
 from mmimpute.standards.meds import DATA, STATIC, TRAIN, Events, Splits, read_events, read_splits
 from mmimpute.standards.vocabulary import Counts, Vocabulary
 from mmimpute.standards.windows import Window, aggregates, last_times, window
 
 MADE_FROM, PARTS = "mmimpute.made_from", "mmimpute.parts"  # metadata of a record shard: its input, and all shards that came of it
-OUTCOME = "outcome__"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def outcomes(self) -> list[str]:
-        return [OUTCOME + name for name in self.cohort.outcomes.column_names] if self.cohort else []
+        return [OUTCOMES + name for name in self.cohort.outcomes.column_names] if self.cohort else []
 
     def made_from(self, shard: Shard, vocabulary: Vocabulary) -> str:
         """Stands for all that a shard's records depend on."""
@@ -123,7 +123,7 @@ def records(source: Source, vocabulary: Vocabulary, events: Events, seen: Window
         columns["split"] = pa.array(source.splits.names).take(pa.array(source.splits.of(events.ids[kept])))
     if source.cohort:
         row = pa.array(source.cohort.subjects.rows(events.ids[kept]))
-        columns |= {OUTCOME + n: source.cohort.outcomes[n].take(row) for n in source.cohort.outcomes.column_names}
+        columns |= {OUTCOMES + n: source.cohort.outcomes[n].take(row) for n in source.cohort.outcomes.column_names}
     for name, held, feature in source.modalities(events, seen):
         x = _values(events, seen, held, feature, vocabulary.modalities[name])
         columns[name] = _lists(x[kept])

@@ -7,6 +7,7 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict
 
 from mmimpute.data.table import digest
+from mmimpute.drafting import OUTCOMES, features_toml
 from mmimpute.errors import UserError
 from mmimpute.spec import Kind
 from mmimpute.standards.features import KINDS, FeatureSpec, Value
@@ -58,13 +59,10 @@ def cohort_toml(vocabulary: Vocabulary, outcomes: Iterable[str]) -> str:
         'timestamp = "index_time"',
     ]
     if list(outcomes):
-        lines.append('outcomes = ["outcome__*"]')
+        lines.append(f"outcomes = {json.dumps([OUTCOMES + '*'])}")
     for name, features in vocabulary.modalities.items():
-        kinds = [kind_of(value) for _, value in features]
-        told = kinds[0] if len(set(kinds)) == 1 else kinds
-        names = [f"{feature}//{value}" for feature, value in features]
         lines += ["", f"[modalities.{json.dumps(name)}]", f"column = {json.dumps(name)}"]
-        lines += [f"features = {json.dumps(names)}", f"kinds = {json.dumps(told)}"]
+        lines += features_toml([f"{feature}//{value}" for feature, value in features], [kind_of(value) for _, value in features])
     return "\n".join(lines) + "\n"
 
 

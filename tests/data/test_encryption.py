@@ -132,7 +132,7 @@ def over_tls(certificates, monkeypatch):
                 urllib.request.urlopen(f"{url}/healthz", timeout=2, context=trusting).close()
                 break
             except OSError:
-                assert time.monotonic() - began < 60, (certificates / "log").read_text()[-1000:]
+                assert time.monotonic() - began < 300, (certificates / "log").read_text()[-1000:]
                 time.sleep(0.2)
         who = json.loads((certificates / "identities.json").read_text())["identities"][0]["credentials"][0]
         for name, value in store.Endpoint(url, who["accessKey"], who["secretKey"]).environment().items():

@@ -8,7 +8,7 @@ from mmimpute.data.shards import publish_table
 from mmimpute.imputing import TRIES
 from tests.conftest import linear_cohort
 from tests.faults.conftest import ROWS, SETTINGS, SHARDS
-from tests.faults.processes import FEW, with_hook
+from tests.faults.processes import FEW, PATIENCE, with_hook
 
 pytestmark = pytest.mark.services
 POISON = "part-013-poison"
@@ -40,7 +40,7 @@ def test_damaged_shards_are_set_aside_until_they_are_mended(nodes, cohort, bucke
     check("Parquet cut off, bits flipped", len(spoilt), f"{bucket}/out")
 
 
-@pytest.mark.timeout(150)  # Ray restarts actors for ever
+@pytest.mark.timeout(PATIENCE)  # Ray restarts actors for ever
 @pytest.mark.parametrize("actors", [1, 3][:FEW])  # 5 shards a task, 1 shard a task
 def test_a_poisoned_shard_is_set_aside(actors, nodes, cohort, bucket, check):
     own = cohort.copy(bucket)

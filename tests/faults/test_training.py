@@ -9,7 +9,7 @@ import pytest
 from mmimpute import registry
 from tests.conftest import SPEC, write_cohort
 from tests.faults.fit import SETTINGS, fit
-from tests.faults.processes import FEW, driver, moments, wait_until
+from tests.faults.processes import FEW, PATIENCE, driver, moments, wait_until
 
 pytestmark = pytest.mark.services
 LAST = SETTINGS.epochs - 2
@@ -71,7 +71,7 @@ def test_the_driver_of_a_training_is_killed(at, training, own_name, nodes, undis
     for number, epoch in enumerate(at):
         log = tmp_path / f"{number}.log"
         with driver(log, "-m", "tests.faults.fit", shards, f"{place}/{own_name}", spec, nodes.cluster.address) as run:
-            wait_until(lambda: f"epoch {epoch}\n" in log.read_text() or run.process.poll() is not None, 180, log.read_text)  # noqa: B023
+            wait_until(lambda: f"epoch {epoch}\n" in log.read_text() or run.process.poll() is not None, PATIENCE, log.read_text)  # noqa: B023
             time.sleep(random.Random(epoch).uniform(0, 0.5))
             run.process.kill()
             run.wait(10)
