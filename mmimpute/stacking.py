@@ -36,6 +36,7 @@ SEED = 11
 NOBODY = -2  # no member's fold
 MOST_COLOURED = 2_000  # records from which the correlations of draws are taken
 DRAWS = 10  # of each
+MOST_ENCODED = 5_000  # records whose posteriors p(z0) is fitted to
 PRIOR_RECORDS = 20.0  # weight of the VAE's correlations beside those of the errors
 
 
@@ -73,6 +74,7 @@ def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor]
     """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record. Images, signals and
     texts are the VAE's alone."""
     data = Assembly(vae.eval(), x, observed, fold_N)
+    fit_prior(data)
     if not data.modalities:
         return data.imputer
     fit_gaussian(data)
@@ -81,6 +83,16 @@ def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor]
         fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
     fit_stack(data)
     return data.imputer
+
+
+@torch.no_grad()
+def fit_prior(data: Assembly) -> None:
+    """p(z0) becomes the density of the posteriors of records of which something is observed."""
+    rows = data.inputs.present_BK.any(1).nonzero().squeeze(1)
+    rows = rows[:: max(1, len(rows) // MOST_ENCODED)][:MOST_ENCODED]  # they may stand in the order of their folds
+    if len(rows):
+        vae = data.imputer.vae
+        vae.prior.fit(vae.inference([c[rows] for c in data.inputs.codes], data.inputs.present_BK[rows]))
 
 
 def fit_gaussian(data: Assembly) -> None:

@@ -253,7 +253,6 @@ def fit_in_memory(
             best, best_loss, best_epoch = copy.deepcopy(training.average), result["loss"], epoch
         if epoch - best_epoch >= plan.patience:
             break
-    best.prior.fit(sum(best.posterior_moments(*take(train, i)) for i in slices(len(train_fold_N), 1024)))
     return Fitted(best.plain() if isinstance(best, ContrastiveVAE) else best, history)
 
 

@@ -98,6 +98,7 @@ def test_the_example_of_an_alert_is_an_automation():
     assert automation.trigger.expect == {"mmimpute.drift.found"}
 
 
+@pytest.mark.slow
 def test_without_its_decorators_the_flow_is_plain_python(run, monkeypatch, tmp_path):
     """The flow's own function, on a folder, with its tasks' functions in place of the tasks."""
     from flows import population as flow

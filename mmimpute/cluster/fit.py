@@ -271,10 +271,8 @@ def train_loop(loop: dict[str, Any]) -> None:
         record |= {name: sum(s[name] for s in steps) / len(steps) for name in ("elbo", "impute")}
         record |= {f"tune_{name}": value for name, value in tuned.items()}
         _judge(best, record, training, loop["patience"], plan)
-        if best["stopped"]:
-            _fit_prior(best, training, data.epoch(0, plan.batch, plan.steps_per_epoch), loop["widths"])
-            if reporter.queue is not None:
-                _assemble(best, training, data.sample(), loop["widths"])
+        if best["stopped"] and reporter.queue is not None:
+            _assemble(best, training, data.sample(), loop["widths"])
         reporter.report(record, last=best["stopped"])
 
 
@@ -325,18 +323,10 @@ def _weights(training: Training) -> dict[str, torch.Tensor]:
     return {name: t.detach().cpu().clone() for name, t in training.average.state_dict().items()}
 
 
-def _fit_prior(best: dict[str, Any], training: Training, batches: Iterator[torch.Tensor], widths: list[int]) -> None:
-    """p(z0) of the best weights takes the moments of the posteriors of all ranks' records (see `model.prior`)."""
-    training.average.load_state_dict(best["weights"])
-    total_EMM = sum(training.average.posterior_moments(*_inputs(x, widths)) for x, _ in batches)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total_EMM)
-    training.average.prior.fit(total_EMM)
-
-
 def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> None:
     """The whole model around the trained VAE, from rank 0's records: its weights take the place of the VAE's."""
     x, folds = sample[0][:, : sum(widths)], sample[1]
+    training.average.load_state_dict(best["weights"])
     average = training.average.cpu()
     vae = average.plain() if isinstance(average, ContrastiveVAE) else average
     imputer = assemble(vae, *split(x, widths), folds)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.likelihoods import Likelihoods
 from mmimpute.model.networks import Linear, Private, kl
-from mmimpute.model.prior import SharedPrior
+from mmimpute.model.prior import FullGaussian
 from mmimpute.model.standardise import Standardise
 
 DECODER = "diffusion"
@@ -110,7 +110,7 @@ class Diffusion(nn.Module):
         self.private = nn.ModuleList(copy.deepcopy(private[j]) for j in self.chosen)
         self.likelihoods = nn.ModuleList(copy.deepcopy(likelihoods[j]) for j in self.chosen)
         self.sizes = [config.shared, *(p.own for p in self.private)]
-        self.scales = nn.ModuleList(SharedPrior(config.members, size) for size in self.sizes)
+        self.scales = nn.ModuleList(FullGaussian(config.members, size) for size in self.sizes)
         evidence = config.shared + sum(p.own for p in private) + len(private)
         self.denoiser = Denoiser(config.members, sum(self.sizes), evidence + len(self.chosen))
 

@@ -23,7 +23,7 @@ from mmimpute.model.likelihoods import Heads, Likelihoods
 from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
-from mmimpute.model.prior import SharedPrior, moments
+from mmimpute.model.prior import SharedPrior
 from mmimpute.model.reliability import Reliability, corrupt
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 from mmimpute.model.text import Bag, TextCode
@@ -301,14 +301,6 @@ class MultiModalVAE(nn.Module):
         half = self._noise((draws // 2, *shape), generator)
         return torch.cat([half, -half])
 
-    @torch.no_grad()
-    def posterior_moments(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
-        """What `prior.fit` needs of a batch; sums over batches and ranks. Records with nothing observed say nothing."""
-        inputs = self.inputs(x, observed)
-        some_B = inputs.present_BK.any(1)
-        q0 = self.inference(inputs.codes, inputs.present_BK)
-        return moments(Normal(q0.mean[:, some_B], q0.var[:, some_B]))
-
     def evidence(self, inputs: Inputs) -> Tensor:
         """What every member's encoders say of the values that are shown, E x B x C: the means of q(z0 | x) and of
         q(zj | z0, xj) there, and which modalities they are of."""
@@ -335,15 +327,17 @@ class MultiModalVAE(nn.Module):
         state = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
         return MultiModalVAE.from_state(dataclasses.replace(self.config, members=1), state).to(self.hide_K.device)
 
-    def _shared(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z0 from noise (S, E or 1, B or 1, L), and its mean (E, B, L): of q(z0 | x), or of p(z0) where nothing is observed."""
+    def _shared(self, inputs: Inputs, noise: Tensor, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z0 from noise (S, E or 1, B or 1, L), and its mean (E, B, L): of q(z0 | x), or of p(z0) where nothing is observed.
+
+        chance: as `SharedPrior.sample` takes it; None: the Gaussian with p(z0)'s moments, for nodes.
+        """
         q0 = self.inference(inputs.codes, inputs.shown_BK)
         empty_B1 = ~inputs.shown_BK.any(1, keepdim=True)
         if not empty_B1.any():
             return q0.sample(noise), q0.mean
-        return torch.where(empty_B1, self.prior.sample(noise), q0.sample(noise)), torch.where(
-            empty_B1, self.prior.mean_EL[:, None], q0.mean
-        )
+        prior = self.prior.normal(noise) if chance is None else self.prior.sample(noise, chance)
+        return torch.where(empty_B1, prior, q0.sample(noise)), torch.where(empty_B1, self.prior.mean_EL[:, None], q0.mean)
 
     def _decode(self, j: int, inputs: Inputs, z0_SEBL: Tensor, noise: Tensor, rows: Tensor | slice = slice(None)) -> Heads:
         """p(xj | zj, z0) with zj ~ q(zj | z0, xj), which is p(zj | z0) where nothing of xj is observed."""
@@ -429,7 +423,8 @@ class MultiModalVAE(nn.Module):
         model = self.member(index)
         inputs = model.inputs(x, observed)
         if diffusion is None:
-            z0_SEBL, _ = model._shared(inputs, self._noise((draws, 1, x[0].shape[0], self.config.shared), generator))
+            noise = self._noise((draws, 1, x[0].shape[0], self.config.shared), generator)
+            z0_SEBL, _ = model._shared(inputs, noise, torch.rand(noise.shape[:3], generator=generator, device=noise.device))
         else:
             diffusion = diffusion.member(index, model.private, model.likelihoods)
             z0_SEBL, *own = diffusion.sample(model.evidence(inputs), draws, generator)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = int(os.environ.get("MMIMPUTE_FAULTS", "3"))  # at which each fault strikes; `make test-nightly` takes 20
+MOMENTS = int(os.environ.get("MMIMPUTE_FAULTS", "2"))  # at which each fault strikes; `make test-nightly` takes 20
 FEW = max(1, MOMENTS // 3)  # for faults that are slow or strike often by themselves
 AT_ONCE = 3  # in one run
 PATIENCE = 600.0  # seconds until what is waited for counts as hanging: tests run beside each other, on machines of any speed
