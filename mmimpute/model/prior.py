@@ -6,10 +6,11 @@ or more than real ones. So after training p(z0) becomes what maximises L_elbo wi
 aggregate posterior (Hoffman & Johnson 2016; Tomczak & Welling 2018, sec. 2), here a mixture of Gaussians with one covariance,
 fitted to draws of the posteriors as Ghosh et al. 2020 do, of as many components as Schwarz' criterion (1978) wants.
 
-What it gained over one Gaussian, nats per draw held out: nhanes .6, eicu .4, tcga .5 (5 or 10 components); five views of digits 5
-(20 components). There all views of a generated record show one digit in 50% instead of 19%, and with half of the views missing in
-training in 43% instead of 21% (tests/benchmarks/images.py); decoded from posteriors of training records, which is the most that any
-p(z0) gives, in 47-48%. Synthetic records of nhanes are no better and no worse by it: their correlations are off by .07 either way.
+What it gained over one Gaussian, nats per draw held out: nhanes .6 (8 components), tcga .4 (2 or 5), eicu none (1 is chosen), five
+views of digits 5 (20). There all views of a generated record show one digit in 50% instead of 19%, and with half of the views
+missing in training in 43% instead of 21% (tests/benchmarks/images.py); decoded from posteriors of training records, which is the
+most that any p(z0) gives, in 47-48%. Synthetic records of nhanes are no better and no worse by it: their correlations are off by .07
+either way.
 A covariance for each component overfits: 0.5 nats worse than one covariance with 5 components of digits, 2 with 10.
 
 Shape suffixes: E members, B records, N draws, L latent, S draws, C components, M = L + 1.
