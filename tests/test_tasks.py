@@ -11,6 +11,7 @@ from scipy.stats import binom
 from mmimpute import jobs, population
 from mmimpute.commands.tasks import task_tables
 from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.schema import Modality
 from mmimpute.errors import UserError
 from mmimpute.report import render
 from mmimpute.spec import EvaluateSettings, RunConfig, validated
@@ -18,13 +19,23 @@ from mmimpute.tasks.asking import ask, check_label, people_of
 from mmimpute.tasks.classifier import Classifier, auroc, classifiers
 from mmimpute.tasks.coherence import agreement, synthetic
 from mmimpute.tasks.likelihood import likelihood
-from mmimpute.tasks.people import NONE, with_holes
+from mmimpute.tasks.people import NONE, coded, with_holes
 from mmimpute.tasks.quality import compared, density_coverage, frechet, quality
 from mmimpute.tasks.retrieval import DEPTHS, Link, ranks, recall
 from mmimpute.tasks.search import nearest, retrieve
 from tests import fitting
 
 TASKS = ("coherence", "quality", "likelihood", "probe", "retrieval")
+
+
+def test_a_classifier_reads_how_often_a_text_has_each_token():
+    words = {"vocabulary": ("fever", "no", "pain"), "shape": (4,)}
+    note = Modality(
+        name="n", layout="text", columns=("n",), types=("string",), features=(), impute=True, hide=0.5, tails="student", **words
+    )
+    ids = np.array([[2, 1, 2, 3], [3, 0, 0, 0], [0, 0, 0, 0]], np.float32)
+    bags = coded(ids, ids, np.array([[True], [True], [False]]).repeat(4, 1), note)
+    assert bags.tolist() == [[1, 2, 1], [0, 0, 1], [0, 0, 0]]
 
 
 def with_moments(mean, covariance, rows: int = 500) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmimpute.data.labels import classes
-from mmimpute.data.schema import CohortSchema
+from mmimpute.data.schema import CohortSchema, Modality
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import UserError
@@ -79,15 +79,22 @@ def check_label(schema: CohortSchema, column: str | None) -> None:
 
 
 def columns(model: Model, x: np.ndarray) -> list[np.ndarray]:
-    """Per modality what a classifier reads, N x C: values on the model's scale, 0 (the mean) where not observed; levels one-hot."""
+    """Per modality what a classifier reads, N x C: values on the model's scale, 0 (the mean) where not observed; levels one-hot; how
+    often each token of a text's vocabulary is in it."""
     inputs: Inputs = model.module.vae.inputs(*to_model(x, model.widths))
     return [
-        _coded(z.numpy(), filled.numpy(), seen.numpy(), [len(f.levels) if f.kind == "categorical" else 0 for f in m.features])
-        for z, filled, seen, m in zip(inputs.z, inputs.filled, inputs.observed, model.schema.modalities, strict=True)
+        coded(z.numpy(), filled.numpy(), seen.numpy(), modality)
+        for z, filled, seen, modality in zip(inputs.z, inputs.filled, inputs.observed, model.schema.modalities, strict=True)
     ]
 
 
-def _coded(z_ND: np.ndarray, filled_ND: np.ndarray, seen_ND: np.ndarray, levels: Sequence[int]) -> np.ndarray:
+def coded(z_ND: np.ndarray, filled_ND: np.ndarray, seen_ND: np.ndarray, modality: Modality) -> np.ndarray:
+    if modality.layout == "text":
+        rows, places = filled_ND.nonzero()
+        bag_NV = np.zeros((len(filled_ND), len(modality.vocabulary)), np.float32)
+        np.add.at(bag_NV, (rows, filled_ND[rows, places].astype(int) - 1), 1)
+        return bag_NV
+    levels = [len(f.levels) if f.kind == "categorical" else 0 for f in modality.features]
     if not any(levels):
         return z_ND
     each = [(filled_ND[:, d, None] == np.arange(n)) & seen_ND[:, d, None] if n else z_ND[:, d, None] for d, n in enumerate(levels)]
