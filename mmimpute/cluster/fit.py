@@ -278,14 +278,9 @@ def train_loop(loop: dict[str, Any]) -> None:
 
 def _batch(x: torch.Tensor, folds: torch.Tensor, widths: list[int]) -> tuple:
     """Values, masks, folds and, where they stand behind the values, labels."""
-    values, masks = _inputs(x, widths)
+    values, masks = split(x[:, : sum(widths)], widths)
     labels = x[:, sum(widths) :]
     return (values, masks, folds, labels) if labels.shape[1] else (values, masks, folds)
-
-
-def _inputs(x: torch.Tensor, widths: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Values and masks, without the labels."""
-    return split(x[:, : sum(widths)], widths)
 
 
 def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[str, Any]]:

@@ -27,7 +27,7 @@ from mmimpute.model.networks import Normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 13, 20)
 DRAWS = 4_000  # of the posteriors at least, together
-SMALLEST = 10  # people that a component stands for: synthetic records are not to be of fewer
+SMALLEST = 10  # people that a component stands for: neither draws nor the model file are to be of fewer
 SEED = 17
 
 
@@ -113,10 +113,11 @@ class SharedPrior(nn.Module):
             best = min(tried, key=lambda mixture: _criterion(mixture, z0_ENL[0], records))
             found = [best, *(_mixture(z0_NL, len(best.weights_)) for z0_NL in z0_ENL[1:])]
         self.weight_EC.zero_()
+        self.centre_ECL.zero_()
         for weight_C, centre_CL, root_LL, mixture in zip(self.weight_EC, self.centre_ECL, self.root_ELL, found, strict=True):
             kept_C = mixture.weights_ * (mixture.weights_ >= min(SMALLEST / records, mixture.weights_.max()))
             weight_C[: len(best.weights_)] = torch.from_numpy(kept_C / kept_C.sum())
-            centre_CL[: len(best.weights_)] = torch.from_numpy(mixture.means_)
+            centre_CL[: len(best.weights_)] = torch.from_numpy(mixture.means_ * (kept_C > 0)[:, None])
             root_LL.copy_(torch.linalg.cholesky(torch.from_numpy(mixture.covariances_)))
 
 

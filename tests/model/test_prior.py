@@ -36,7 +36,7 @@ def clusters() -> SharedPrior:
 
 def test_before_it_is_fitted_it_is_standard_normal():
     prior, noise = SharedPrior(2, 3), torch.randn(5, 2, 7, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(prior.sample(noise, torch.rand(5, 2, 7)), noise)
+    torch.testing.assert_close(prior.sample(noise, torch.full((5, 2, 7), 0.5)), noise)
     torch.testing.assert_close(prior.normal(noise), noise)
     expected = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1)
     torch.testing.assert_close(prior.log_prob(noise), expected)
@@ -115,6 +115,7 @@ def test_no_component_stands_for_fewer_than_ten_people():
         prior.fit(posteriors(torch.cat([CENTRE[:1].expand(1000, 3), far.expand(people, 3)])))
         near = torch.cdist(far, prior.centre_ECL[0, prior.weight_EC[0] > 0]).min() < 5
         assert near == bool(found)
+        assert (prior.centre_ECL[prior.weight_EC == 0] == 0).all()
         torch.testing.assert_close(prior.weight_EC.sum(1), torch.ones(2))
 
 
