@@ -22,7 +22,7 @@ from mmimpute.model.vae import Inputs, MultiModalVAE
 from mmimpute.training import seeded
 
 BATCH = 256
-MOST_STEPS, EPOCHS = 3000, 150
+MOST_STEPS = 3000
 LEVELS = 2  # noise levels per record and step
 LR, DECAY, WARMUP, CLIP = 2e-3, 0.02, 0.05, 1.0
 EMA = 0.995
@@ -30,6 +30,8 @@ EMPTY, FULL = 0.2, 0.1  # shares of the records that show nothing, and all
 CHECKS = 10  # looks at the records that a member has not seen; the best weights are kept
 MOST_JUDGES = 1000
 SEED = 13
+VALUES = ("target", "observed")
+LISTS = ("filled", "z", "codes", *VALUES)  # of Inputs
 
 
 def fit_diffusion(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs, fold_N: Tensor) -> None:
@@ -38,18 +40,23 @@ def fit_diffusion(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs, fold
     if not len(rows):
         return
     diffusion.requires_grad_()
-    _descend(diffusion, rows, fold_N, lambda module, chosen: _reconstruction(module, vae, _part(inputs, chosen)))
+    steps = _steps(len(rows), *diffusion.plan.sharpening)
+    _descend(diffusion, rows, fold_N, steps, lambda module, chosen: _reconstruction(module, vae, _part(inputs, chosen, *VALUES)))
     _fit_scales(diffusion, vae, inputs, rows)
     for decoder in (diffusion.private, diffusion.likelihoods):
         decoder.requires_grad_(False)
-    _descend(diffusion, rows, fold_N, lambda module, chosen: _denoising(module, vae, _part(inputs, chosen)))
+    steps = _steps(len(rows), *diffusion.plan.denoising)
+    _descend(diffusion, rows, fold_N, steps, lambda module, chosen: _denoising(module, vae, _part(inputs, chosen)))
 
 
-def _descend(diffusion: Diffusion, rows: Tensor, fold_N: Tensor, loss_of: Callable[[Diffusion, Tensor], Tensor]) -> None:
+def _steps(records: int, epochs: int, least: int) -> int:
+    return min(MOST_STEPS, max(least, records * epochs // BATCH))
+
+
+def _descend(diffusion: Diffusion, rows: Tensor, fold_N: Tensor, steps: int, loss_of: Callable[[Diffusion, Tensor], Tensor]) -> None:
     """Minimises `loss_of` some records, (E, B), and keeps the averaged weights that are best on records not seen."""
     judges, members = rows[fold_N[rows] >= 0][:MOST_JUDGES], diffusion.config.members
     index_E1 = torch.arange(members, device=fold_N.device)[:, None]
-    steps = min(MOST_STEPS, max(CHECKS, len(rows) * EPOCHS // BATCH))
     average, best, least = copy.deepcopy(diffusion).eval(), diffusion.state_dict(), math.inf
     free = [p for p in diffusion.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(free, lr=LR, betas=(0.9, 0.99), weight_decay=DECAY)
@@ -111,8 +118,9 @@ def _denoising(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs) -> Tens
     return sum(diffusion.loss(clean_EBU, evidence_EBC, known_BH) for _ in range(LEVELS)) / LEVELS
 
 
-def _part(inputs: Inputs, rows: Tensor) -> Inputs:
-    lists = {name: [t[rows] for t in getattr(inputs, name)] for name in ("filled", "z", "target", "observed", "codes")}
+def _part(inputs: Inputs, rows: Tensor, *names: str) -> Inputs:
+    """Some records: their codes, and of the other lists those that are named, for images are large."""
+    lists = {name: [t[rows] for t in getattr(inputs, name)] if name in ("codes", *names) else [] for name in LISTS}
     return Inputs(**lists, present_BK=inputs.present_BK[rows], shown_BK=inputs.present_BK[rows])
 
 

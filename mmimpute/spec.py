@@ -81,8 +81,6 @@ class ModalitySpec(_Settings):
             raise ValueError(f"a modality of form {self.form} is one `column`, without features, kinds and levels")
         if self.shape and len(self.shape) != dimensions:
             raise ValueError(f"shape {list(self.shape)}; expected {SHAPES[self.form]}")
-        if self.form != "vector" and self.decoder != "likelihood":
-            raise ValueError(f"decoder {self.decoder} is for vectors; leave it out of a modality of form {self.form}")
 
 
 class ContrastiveLabel(_Settings):

@@ -75,13 +75,12 @@ def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor]
     texts are the VAE's alone."""
     data = Assembly(vae.eval(), x, observed, fold_N)
     fit_prior(data)
-    if not data.modalities:
-        return data.imputer
-    fit_gaussian(data)
-    fit_additive(data)
     if data.imputer.diffusion is not None:
         fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
-    fit_stack(data)
+    if data.modalities:
+        fit_gaussian(data)
+        fit_additive(data)
+        fit_stack(data)
     return data.imputer
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmimpute import evaluation, gate, jobs, planning, registry
+from mmimpute import denoising, evaluation, gate, jobs, planning, registry
 from mmimpute.cluster import runtime
 from mmimpute.data.completing import complete
 from mmimpute.data.profile import observe
@@ -76,6 +76,19 @@ def test_the_output_contract(model, tmp_path):
             zip(table["scan"].to_pylist(), out["scan__imputed" if draw is None else "scan__draws"].to_pylist(), strict=True),
         )
         assert kept == [told if v is None and draw is None else told[draw] if v is None else v for v, told in own]
+
+
+def test_the_output_contract_of_other_decoders(tmp_path, monkeypatch):
+    """Few steps: diffusion of an image, a signal and a text, discriminators of the other image and the vector."""
+    monkeypatch.setattr(denoising, "MOST_STEPS", 20)
+    decoders = {"scan": "diffusion", "copy": "adversarial", "tone": "diffusion", "labs": "adversarial", "note": "diffusion"}
+    modalities = {name: m.model_copy(update={"decoder": decoders[name]}) for name, m in digits.SPEC.modalities.items()}
+    other = fitting.fit(str(tmp_path / "home"), digits.cohort(200), digits.SPEC.model_copy(update={"modalities": modalities}), epochs=1)
+    table = digits.cohort(40, seed=2)
+    publish_table(str(tmp_path / "shards"), "part.parquet", table)
+    (shard,) = list_shards(str(tmp_path / "shards"))
+    done = impute_shard(other, str(tmp_path / "shards"), shard, str(tmp_path / "out"), ImputeSettings(draws=2))
+    check(fetch_table(str(tmp_path / "out"), done["output"]), table, 2)
 
 
 def test_generated_images_are_tensors(model, tmp_path):

@@ -175,7 +175,7 @@ def test_a_drop_is_taken_in_and_leads_to_a_new_champion_that_imputes_everything(
 
 
 def look(server: Server) -> None:
-    """Watches once. A look that meets the scheduled one, every five minutes, is cancelled, as `collision_strategy` says: another follows."""
+    """Watches once. A look that meets the scheduled one, every five minutes, is cancelled by `collision_strategy`: another follows."""
     began = time.monotonic()
     while (state := server.wait(server.start("watch/ward-7", quiet_minutes=0.02))["state_type"]) == "CANCELLED":
         assert time.monotonic() - began < 600, "every look is cancelled"

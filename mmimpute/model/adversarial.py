@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmimpute.model.config import ModalityConfig, ModelConfig
+from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
 from mmimpute.model.networks import Linear, keep_scale
 from mmimpute.model.standardise import Standardise
+from mmimpute.model.text import counts
 
 DECODER = "adversarial"
 GENERATOR_WEIGHT = 0.05  # beside a score of about 1
+CONVOLVED_WEIGHT = 0.0015  # of images and signals, whose score is a mean over far more values; see the table above
 JUDGE_WEIGHT = 0.1  # Adam takes no notice of it, the common norm to which gradients are clipped does
 R1 = 1.0
 CLIP = 6.0  # standardised values beyond it are judged alike
@@ -49,9 +52,13 @@ class Discriminator(nn.Module):
         for name, index in (("numbers_F", numbers), ("codes_F", codes)):
             self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
         self.register_buffer("real_D", torch.tensor([k == "real" for k in modality.kinds]), persistent=False)
-        columns = len(numbers) + self.levels * len(codes)
+        self.text = modality.form == "text"
+        self.weight = CONVOLVED_WEIGHT if modality.form in ("image", "signal") else GENERATOR_WEIGHT
+        self.reader = ConvCode(modality, pattern=True) if modality.form in ("image", "signal") else None
+        columns = self.levels if self.text else len(numbers) + self.levels * len(codes)
+        seen = self.reader.width if self.reader else columns + modality.width
         self.trunk = nn.Sequential(
-            Linear(members, columns + modality.width + config.shared, width),
+            Linear(members, seen + config.shared, width),
             nn.LeakyReLU(0.2),
             Linear(members, width, width),
             nn.LeakyReLU(0.2),
@@ -61,8 +68,11 @@ class Discriminator(nn.Module):
         keep_scale(self.trunk[2])
 
     def forward(self, judged_EHV: Tensor, seen_HD: Tensor, z0_EHL: Tensor) -> Tensor:
-        seen_EHD = seen_HD.to(judged_EHV.dtype).expand(len(judged_EHV), -1, -1)
-        return self.trunk(torch.cat([judged_EHV, seen_EHD, z0_EHL], -1)).squeeze(-1).float()
+        if self.reader:
+            told_EHC = self.reader(judged_EHV[0], judged_EHV[0], seen_HD, seen_HD)[None]
+        else:
+            told_EHC = torch.cat([judged_EHV, seen_HD.to(judged_EHV.dtype).expand(len(judged_EHV), -1, -1)], -1)
+        return self.trunk(torch.cat([told_EHC, z0_EHL], -1)).squeeze(-1).float()
 
     def loss(self, real_HV: Tensor, drawn_EHV: Tensor, seen_HD: Tensor, z0_EHL: Tensor, scale: float) -> Tensor:
         """Of discriminator and decoder together, (E, H). scale: of the decoder's part."""
@@ -74,11 +84,12 @@ class Discriminator(nn.Module):
         judge_EH = judge_EH + 0.5 * R1 * slope_EHV.square().sum(-1)
         held = {name: p.detach() for name, p in self.named_parameters()}
         fooled_EH = fn.softplus(-functional_call(self, held, (drawn_EHV, seen_HD, z0_EHL)))
-        return JUDGE_WEIGHT * judge_EH + GENERATOR_WEIGHT * scale * fooled_EH
+        return JUDGE_WEIGHT * judge_EH + self.weight * scale * fooled_EH
 
     def real(self, z_HD: Tensor, x_HD: Tensor, seen_HD: Tensor) -> Tensor:
-        """What was hidden, (H, V): standardised and original values in. A modality of another form would be judged by
-        features of its own: they belong into this method and the next."""
+        """What was hidden, (H, V): standardised and original values in. Of a text, log(1 + how often each token is in it)."""
+        if self.text:
+            return torch.log1p(counts(x_HD, self.levels))
         level_HF = x_HD[:, self.codes_F].clamp(0, max(0, self.levels - 1)).long()
         return self._side_by_side(z_HD, fn.one_hot(level_HF, max(1, self.levels)), seen_HD)
 
@@ -86,6 +97,8 @@ class Discriminator(nn.Module):
         self, likelihood: Likelihoods, heads: Heads, standardise: Standardise, seen_HD: Tensor, generator: torch.Generator | None
     ) -> Tensor:
         """One sample of p(xj | zj, z0) with a gradient, (E, H, V): heads of (E, H)."""
+        if self.text:
+            return torch.log1p(likelihood.drawn_counts(heads, generator))
         parts, indicators = [], None
         for kind in likelihood.kinds:
             head = heads[kind]

@@ -39,6 +39,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as fn
@@ -57,9 +58,21 @@ RHO = 7.0
 AT_ONCE = 1 << 14  # draws of the latents
 LOG_NOISE = (-0.5, 1.4)  # mean and deviation in training
 LEVELS = 5  # frequencies that encode a noise level, the highest a period in two units of its logarithm
-WIDTH, BLOCKS = 128, 2
+BLOCKS = 2
 DROPOUT = 0.1
-KL_WEIGHT = 0.1  # of the decoders' latents: their distribution is the denoiser's business
+
+
+class Plan(NamedTuple):
+    """Sizes, and how long to train: epochs, and the fewest steps."""
+
+    width: int  # of the denoiser
+    kl_weight: float  # of the decoders' latents: their distribution is the denoiser's business
+    sharpening: tuple[int, int]  # of the decoders
+    denoising: tuple[int, int]
+
+
+VECTORS = Plan(128, 0.5, (150, 10), (150, 10))
+CONVOLVED = Plan(256, 0.1, (25, 300), (150, 1500))  # with images or signals, whose decoders' steps are dear
 
 
 def diffused(config: ModelConfig) -> list[int]:
@@ -70,18 +83,18 @@ def diffused(config: ModelConfig) -> list[int]:
 class Denoiser(nn.Module):
     """F of Karras et al.: a residual network of the noisy latents, the evidence and the noise level, plus a linear map."""
 
-    def __init__(self, members: int, latents: int, evidence: int) -> None:
+    def __init__(self, members: int, latents: int, evidence: int, width: int) -> None:
         super().__init__()
         inputs = latents + evidence
         self.register_buffer("frequency_O", torch.pi * 2.0 ** torch.arange(LEVELS) / 4, persistent=False)
-        self.first = Linear(members, inputs, WIDTH)
-        self.level = Linear(members, 2 * LEVELS, WIDTH)
-        self.inner = nn.ModuleList(Linear(members, WIDTH, WIDTH) for _ in range(BLOCKS))
-        self.outer = nn.ModuleList(Linear(members, WIDTH, WIDTH) for _ in range(BLOCKS))
-        self.shift = nn.ModuleList(Linear(members, WIDTH, 2 * WIDTH) for _ in range(BLOCKS))
-        self.last = Linear(members, WIDTH, latents)
+        self.first = Linear(members, inputs, width)
+        self.level = Linear(members, 2 * LEVELS, width)
+        self.inner = nn.ModuleList(Linear(members, width, width) for _ in range(BLOCKS))
+        self.outer = nn.ModuleList(Linear(members, width, width) for _ in range(BLOCKS))
+        self.shift = nn.ModuleList(Linear(members, width, 2 * width) for _ in range(BLOCKS))
+        self.last = Linear(members, width, latents)
         self.linear = Linear(members, inputs, latents, bias=False)
-        self.share = Linear(members, WIDTH, latents)
+        self.share = Linear(members, width, latents)
         for layer in (*self.outer, *self.shift, self.last, self.share):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -112,7 +125,8 @@ class Diffusion(nn.Module):
         self.sizes = [config.shared, *(p.own for p in self.private)]
         self.scales = nn.ModuleList(FullGaussian(config.members, size) for size in self.sizes)
         evidence = config.shared + sum(p.own for p in private) + len(private)
-        self.denoiser = Denoiser(config.members, sum(self.sizes), evidence + len(self.chosen))
+        self.plan = CONVOLVED if any(p.convolved for p in self.private) else VECTORS
+        self.denoiser = Denoiser(config.members, sum(self.sizes), evidence + len(self.chosen), self.plan.width)
 
     def shared_names(self) -> set[str]:
         """The tensors of the state that all members share; the others have them as their first dimension."""
@@ -121,6 +135,8 @@ class Diffusion(nn.Module):
 
     def member(self, index: int, private: Sequence[Private], likelihoods: Sequence[Likelihoods]) -> "Diffusion":
         """One member as a model of its own, beside the member of the VAE that has these."""
+        if self.config.members == 1:
+            return self
         alone, shared = Diffusion(dataclasses.replace(self.config, members=1), private, likelihoods), self.shared_names()
         alone.load_state_dict({name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()})
         return alone.to(self.scales[0].mean_EL.device).eval()
@@ -160,12 +176,12 @@ class Diffusion(nn.Module):
         return torch.cat([p.expand(*p.shape[:-1], size) for p, size in zip(parts, self.sizes, strict=True)], -1)
 
     def reconstruction(self, at: int, z0_EBL: Tensor, code_BC: Tensor, target_BD: Tensor, seen_BD: Tensor) -> Tensor:
-        """What trains decoder `at`, per observed value, (E, B): -log p(xj | zj, z0) + KL_WEIGHT KL(q(zj | z0, xj) || p(zj | z0))."""
+        """What trains decoder `at`, per observed value, (E, B): -log p(xj | zj, z0) + kl_weight KL(q(zj | z0, xj) || p(zj | z0))."""
         private, likelihood, present_B = self.private[at], self.likelihoods[at], seen_BD.any(1)
         prior = private.p(z0_EBL)
         q = private.q(z0_EBL, prior, code_BC, present_B)
         heads = likelihood.heads(private.decode(z0_EBL, q.sample(torch.randn_like(q.mean))))
-        nats_EB = (likelihood.log_prob(heads, target_BD) * seen_BD).sum(-1) - KL_WEIGHT * kl(q, prior) * present_B
+        nats_EB = (likelihood.log_prob(heads, target_BD) * seen_BD).sum(-1) - self.plan.kl_weight * kl(q, prior) * present_B
         return -nats_EB / seen_BD.sum(1).clamp_min(1)
 
     def decoded(self, at: int, z0_SEBL: Tensor, zj_SEBL: Tensor, standardise: Standardise, generator: torch.Generator | None) -> Tensor:

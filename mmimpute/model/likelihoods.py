@@ -101,6 +101,7 @@ class Likelihoods(nn.Module):
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
         self.student = config.tails == "student" and "real" in self.kinds and not config.structured
         self.image = config.form == "image"
+        self.silent = config.structured and config.decoder == "adversarial"  # see adversarial.py
         if self.student:
             self.tail_E1F = nn.Parameter(torch.zeros(members, 1, self.counts["real"]))
         self._marginals(standardise, members)
@@ -250,7 +251,9 @@ class Likelihoods(nn.Module):
         return torch.poisson(rate * torch.exp(head[..., 0] - head[..., 1]), generator=generator)
 
     def noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Of variance 1, with the tails of the real features."""
+        """Of variance 1, with the tails of the real features; none of images and signals that a discriminator judges."""
+        if self.silent:
+            return torch.zeros_like(like)
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         if not self.student:
             return noise

@@ -24,6 +24,11 @@ BAG = "bag"  # the one kind of heads
 Heads = dict[str, Tensor]
 
 
+def counts(id_T: Tensor, size: int) -> Tensor:
+    """How often each token is in a text: (..., T) ids -> (..., V)."""
+    return id_T.new_zeros(*id_T.shape[:-1], size).scatter_add(-1, id_T.long(), torch.ones_like(id_T))
+
+
 class TextCode(nn.Module):
     """A text as network inputs: 0 where there is none. Stands where vectors have `networks.Code`."""
 
@@ -74,6 +79,11 @@ class Bag(nn.Module):
         log_V = heads[BAG]
         drawn = torch.multinomial(log_V.exp().flatten(0, -2), self.tokens, replacement=True, generator=generator)
         return drawn.view(*log_V.shape[:-1], self.tokens).float()
+
+    def drawn_counts(self, heads: Heads, generator: torch.Generator | None) -> Tensor:
+        """How often each token is in a sampled bag, (..., V), with the gradient of how often it is expected."""
+        expected_V = self.tokens * heads[BAG].exp()
+        return counts(self.sample(heads, self, generator), self.size) + expected_V - expected_V.detach()
 
     def moments(self, heads: Heads, standardise: nn.Module) -> tuple[Tensor, Tensor]:
         """The most probable tokens of the mixture over the leading S and E, TOLD at most, then 0; and sqrt(1 - sum p^2) over the

@@ -431,18 +431,17 @@ class MultiModalVAE(nn.Module):
         drawn = []
         for j, private in enumerate(model.private):
             branch = self._branch(generator)
-            rows = (~observed[j]).any(1).nonzero().squeeze(1)  # what nothing is missing of need not be decoded
+            at = diffusion.chosen.index(j) if diffusion is not None and j in diffusion.chosen else None
+            gaps_B, whole_B = (~observed[j]).any(1), ~inputs.present_BK[:, j]  # what nothing is missing of need not be decoded
+            rows = (gaps_B & ~whole_B if at is not None else gaps_B).nonzero().squeeze(1)
             drawn.append(x[j].new_zeros(draws, *x[j].shape))
-            if not len(rows):
-                continue
-            noise_SERL = self._noise((*z0_SEBL.shape[:2], len(rows), private.own), branch)
-            heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SERL, rows)
-            some_SRD = model.likelihoods[j].sample(heads, model.standardise[j], branch)[:, 0].to(x[j].dtype)
-            if diffusion is not None and j in diffusion.chosen:
-                at = diffusion.chosen.index(j)
-                whole_SRD = diffusion.decoded(at, z0_SEBL[:, :, rows], own[at][:, :, rows], model.standardise[j], branch)[:, 0]
-                some_SRD = torch.where(inputs.present_BK[rows, j, None], some_SRD, whole_SRD.to(x[j].dtype))
-            drawn[-1][:, rows] = some_SRD
+            if len(rows):
+                noise_SERL = self._noise((*z0_SEBL.shape[:2], len(rows), private.own), branch)
+                heads = model._decode(j, inputs, z0_SEBL[:, :, rows], noise_SERL, rows)
+                drawn[-1][:, rows] = model.likelihoods[j].sample(heads, model.standardise[j], branch)[:, 0].to(x[j].dtype)
+            if at is not None and bool(whole_B.any()):
+                latents = z0_SEBL[:, :, whole_B], own[at][:, :, whole_B]
+                drawn[-1][:, whole_B] = diffusion.decoded(at, *latents, model.standardise[j], branch)[:, 0].to(x[j].dtype)
         return drawn
 
     def read(self, record: Sequence[tuple[Tensor | None, int]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,8 @@
-"""What each decoder's synthetic records and draws are worth: on the packaged NHANES cohort, one member, equal VAE sizes.
+"""What each decoder's synthetic records and draws are worth: one member, equal VAE sizes.
 
-    python tests/benchmarks/decoders.py --rows 1500
+    python tests/benchmarks/decoders.py [--cohort nhanes | moons] [--rows 1500] [--decoders likelihood adversarial diffusion]
+
+nhanes: the packaged cohort. moons: a point on one of two half circles, which two other modalities tell with noise as wide as the moons.
 
 Columns: c2st, accuracy of gradient boosting that tells real records of people not trained on from synthetic ones (0.5 = cannot; the
 synthetic ones lack what the real ones lack); energy distance of standardised records; correlations, mean absolute error of pairs of
@@ -14,8 +16,10 @@ import time
 from importlib.resources import files
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from sklearn.datasets import make_moons
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import cross_val_score
 
@@ -26,23 +30,40 @@ from mmimpute.data.tensors import to_model
 from mmimpute.model import FeatureStatistics, Imputer, MultiModalVAE
 from mmimpute.model.config import DECODERS
 from mmimpute.sizing import model_config
-from mmimpute.spec import FitSettings, read_spec
+from mmimpute.spec import CohortSpec, FitSettings, ModalitySpec, read_spec
 from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
 
 DRAWS = 20
 
 
-def cohort(rows: int, tests: int):
-    """Schema, statistics, and values (NaN where missing) of training and test people."""
+def nhanes() -> tuple[pa.Table, CohortSpec]:
     folder = files("mmimpute") / "resources"
     table = pq.read_table(str(folder / "nhanes2017.parquet"))
     table = table.rename_columns(["subject_id" if c == "patient_id" else c for c in table.column_names])
-    draft = draft_schema(read_spec(str(folder / "nhanes2017.toml")), table.schema, {})
+    return table, read_spec(str(folder / "nhanes2017.toml"))
+
+
+def moons() -> tuple[pa.Table, CohortSpec]:
+    point, _ = make_moons(6_000, noise=0.08, random_state=0)
+    rng = np.random.default_rng(0)
+    parts = {"moon": point, "here": point + rng.normal(size=point.shape), "there": point + rng.normal(size=point.shape)}
+    columns = {f"{name}__{axis}": x[:, i] for name, x in parts.items() for i, axis in enumerate("xy")}
+    ids = [f"m{i:05d}" for i in range(len(point))]
+    return pa.table({"subject_id": ids} | columns), CohortSpec(modalities={name: ModalitySpec(prefix=f"{name}__") for name in parts})
+
+
+COHORTS = {"nhanes": nhanes, "moons": moons}
+
+
+def cohort(name: str, rows: int, tests: int):
+    """Schema, statistics, and values (NaN where missing) of training and test people."""
+    table, spec = COHORTS[name]()
     order = np.random.default_rng(0).permutation(len(table))
-    schema, seen = profile.settle(draft, profile.observe(table, draft, "nhanes", 1.0))
+    draft = draft_schema(spec, table.schema, {})
+    schema, seen = profile.settle(draft, profile.observe(table, draft, name, 1.0))
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, seen).items()}
-    x = flat(decode(table, schema, "nhanes"))
+    x = flat(decode(table, schema, name))
     return schema, statistics, x[order[:rows]], x[order[rows : rows + tests]]
 
 
@@ -113,14 +134,15 @@ class Yardstick:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cohort", choices=COHORTS, default="nhanes")
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--tests", type=int, default=800)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--decoders", nargs="*", default=DECODERS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    schema, statistics, x, tests = cohort(arguments.rows, arguments.tests)
+    schema, statistics, x, tests = cohort(arguments.cohort, arguments.rows, arguments.tests)
     yardstick = Yardstick(schema, statistics, tests)
     show = lambda name, found: print(name, {k: round(v, 4) for k, v in found.items()}, flush=True)  # noqa: E731
     for decoder in arguments.decoders:

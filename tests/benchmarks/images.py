@@ -7,7 +7,8 @@ Keeps cohorts, classifiers and models in FOLDER, and adds to --out after each mo
 records" are others of the same digits: how well a perfect generator would score. Seconds per epoch are medians, of one thread
 each; compare them only where the machine did nothing else. Ours has encoders of z0 and of zj, and so twice the parameters, and the
 batch size that `mmimpute fit` chooses; its images are draws, and its decoder learns the scale of its pixels, which the library's
-examples fix. results/images.json is of the default budget, one run each.
+examples fix. Diffusion trains its own decoders and its denoiser after the epochs: `fit_seconds` holds that too, with the start of Ray.
+results/images.json is of the default budget, one run each.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from mmimpute.data.tensors import to_model
 from mmimpute.model.marginal import log_marginal
 
 PEERS = ("MVTCAE", "MoPoE", "MMVAE+", "CMVAE")
+OURS = {"ours": "likelihood", "ours, adversarial": "adversarial", "ours, diffusion": "diffusion"}  # and their decoders
 MMIMPUTE = [sys.executable, "-m", "mmimpute.cli"]
 SHAPE = (3, 28, 28)
 SAMPLES, LIKELIHOOD = 1_000, 16  # importance samples, test records
@@ -69,17 +72,21 @@ def peer(name: str, folder: Path, data: tuple[np.ndarray, ...], epochs: int, oth
         return {name: (Made(**made), json.loads(done.stdout.splitlines()[-1]))}
 
 
-def ours(cohort: Path, test: np.ndarray, epochs: int) -> dict[str, tuple[Made, dict]]:
-    """By the commands that a user runs. Draws, and in the second entry predictive means, which are no images but averages of them."""
-    command("fit", "--spec", cohort / "cohort.toml", "--shards", cohort / "train", "--model", cohort / "model", "--epochs", epochs)
+def ours(name: str, cohort: Path, test: np.ndarray, epochs: int) -> dict[str, tuple[Made, dict]]:
+    """By the commands that a user runs. Draws, and of the likelihood predictive means, which are no images but averages of them."""
+    decoder = OURS[name]
+    home, spec = cohort / decoder, cohort / f"{decoder}.toml"
+    spec.write_text((cohort / "cohort.toml").read_text().replace('form = "image"', f'form = "image"\ndecoder = "{decoder}"'))
+    began = time.monotonic()
+    command("fit", "--spec", spec, "--shards", cohort / "train", "--model", home / "model", "--epochs", epochs)
+    facts = {"fit_seconds": time.monotonic() - began} | facts_of(home / "model", test)
     questions(cohort / "questions", test)
-    command("impute", "--model", cohort / "model", "--shards", cohort / "questions", "--output", cohort / "enriched", "--draws", 1)
-    command("generate", "--model", cohort / "model", "--n", len(test), "--output", cohort / "synthetic")
-    joint = pq.read_table(cohort / "synthetic")
+    command("impute", "--model", home / "model", "--shards", cohort / "questions", "--output", home / "enriched", "--draws", 1)
+    command("generate", "--model", home / "model", "--n", len(test), "--output", home / "synthetic")
+    joint = pq.read_table(home / "synthetic")
     joint = np.stack([images(joint.column(f"m{j}"), len(test)) for j in range(5)])
-    said = {suffix: answers(cohort / "enriched", suffix, test.shape) for suffix in ("draws", "imputed")}
-    facts = facts_of(cohort / "model", test)
-    return {name: (Made(*said[suffix], joint), facts) for name, suffix in (("ours", "draws"), ("ours, means", "imputed"))}
+    told = {name: "draws"} | ({"ours, means": "imputed"} if decoder == "likelihood" else {})
+    return {name: (Made(*answers(home / "enriched", suffix, test.shape), joint), facts) for name, suffix in told.items()}
 
 
 def facts_of(home: Path, test: np.ndarray) -> dict[str, float]:
@@ -87,6 +94,8 @@ def facts_of(home: Path, test: np.ndarray) -> dict[str, float]:
     history = registry.read_record(str(home / model.digest), "history")
     parameters = sum(p.numel() for p in model.module.parameters())
     facts = {"seconds_per_epoch": float(np.median([epoch["seconds"] for epoch in history])), "parameters": parameters}
+    if model.module.diffusion:  # whose draws are not from the density that `log_marginal` integrates
+        return facts
     return facts | {"log_likelihood": log_likelihood(model, test[:LIKELIHOOD])}
 
 
@@ -155,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("other", help="the python of the environment that has multivae")
-    parser.add_argument("--models", nargs="+", choices=(*PEERS, "ours"), default=(*PEERS, "ours"))
+    parser.add_argument("--models", nargs="+", choices=(*PEERS, *OURS), default=(*PEERS, *OURS))
     parser.add_argument("--missing", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--records", type=int, default=5_000)
     parser.add_argument("--test", type=int, default=1_000)
@@ -183,10 +192,10 @@ def main() -> None:
     for missing in given.missing:
         keep(missing, {"real records": (perfect(digits[1], test.labels), {})})
         for name in (m for m in given.models if m not in results["models"][str(missing)]):
-            if name == "ours":
+            if name in OURS:
                 cohort = given.folder / f"missing-{missing}"
                 write_cohort(cohort, "views", digits, sizes, missing, 0)
-                keep(missing, ours(cohort, asked, given.epochs))
+                keep(missing, ours(name, cohort, asked, given.epochs))
             else:
                 data = (x, presence(given.records, 5, missing, 0), asked)
                 keep(missing, peer(name, given.folder, data, given.epochs, given.other))

@@ -182,6 +182,19 @@ def stamped(rows: int, seed: int) -> tuple[list[Tensor], np.ndarray, np.ndarray]
     return [torch.tensor(v, dtype=torch.float32) for v in values], kind_N, place_N2
 
 
+def read_stamp(image: torch.Tensor, bright: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Class and place of the stamp that is nearest to each image."""
+    height = 8 if bright else 9
+    templates = np.zeros((3, 5, 5, 9, 8))
+    for kind, down, right in np.ndindex(3, 5, 5):
+        templates[kind, down, right, down : down + 4, right : right + 4] = STAMPS[kind]
+    flat = templates[..., :height, :].reshape(75, -1)
+    flat = 30 + 180 * flat if bright else 220 - 180 * flat
+    nearest = ((image.numpy()[:, None] - flat) ** 2).sum(2).argmin(1)
+    kind, down, right = np.unravel_index(nearest, (3, 5, 5))
+    return kind, np.stack([down, right], 1)
+
+
 def pooled_statistics(config: ModalityConfig, x: np.ndarray) -> FeatureStatistics:
     """What the data layer fits: of a channel for every value of an image or a signal."""
     if not config.structured:
@@ -194,11 +207,11 @@ def pooled_statistics(config: ModalityConfig, x: np.ndarray) -> FeatureStatistic
     return FeatureStatistics(mean, std, np.zeros(x.shape[1], bool), np.ones(x.shape[1]), np.tile(np.linspace(-2, 2, 9), (x.shape[1], 1)))
 
 
-def forms_model(x: list[Tensor], **sizes) -> MultiModalVAE:
+def forms_model(x: list[Tensor], decoder: str = "likelihood", **sizes) -> MultiModalVAE:
     """An untrained model of FORMS."""
     torch.manual_seed(0)
     fitted = {m.name: pooled_statistics(m, v.numpy()) for m, v in zip(FORMS, x, strict=True)}
-    return MultiModalVAE(ModelConfig(FORMS, **(SIZES | sizes)), fitted)
+    return MultiModalVAE(decoded(ModelConfig(FORMS, **(SIZES | sizes)), decoder), fitted)
 
 
 def fit_forms(rows: int = 800, epochs: int = 24, lr: float = 3e-3, **sizes) -> Imputer:

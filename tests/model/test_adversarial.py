@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from cohorts import LinearGaussian, everything, fit_linear_gaussian, masks, mixed_model, mixed_values
+from cohorts import LinearGaussian, everything, fit_linear_gaussian, forms_model, masks, mixed_model, mixed_values, stamped
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from mmimpute.model import ModelConfig, MultiModalVAE
+from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE
+from mmimpute.model.adversarial import Discriminator
+from mmimpute.model.text import Bag
 from mmimpute.training import OptimiserSettings, Training
 
 ROWS = 64
@@ -34,6 +36,15 @@ def test_every_parameter_is_in_the_graph_though_nothing_can_be_hidden():
     found = gradients(adversarial_model(), X, observed)
     judges = [g for name, g in found.items() if name.startswith("judges")]
     assert len(judges) == 18 and not any(g.any() for g in judges)
+
+
+def test_so_is_every_parameter_that_judges_images_and_signals():
+    x, _, _ = stamped(12, 0)
+    model = forms_model(x, "adversarial").train()
+    for observed in (everything(x), [torch.full_like(v, j == 0, dtype=torch.bool) for j, v in enumerate(x)]):
+        found = gradients(model, x, observed)
+        readers = [g for name, g in found.items() if name.startswith("judges") and ".reader." in name]
+        assert len(readers) == 14 and all(bool(g.any()) == bool(observed[1].any()) for g in readers)
 
 
 @pytest.mark.parametrize("junk", [float("nan"), 1e6])
@@ -84,6 +95,18 @@ def test_a_decoder_that_is_certain_looks_like_what_is_real():
         exact = torch.cat([~count, torch.ones(real.shape[1] - len(count), dtype=torch.bool)])
         torch.testing.assert_close(drawn[:, exact], real[:, exact], atol=1e-4, rtol=0)
         assert torch.corrcoef(torch.stack([drawn[:, ~exact].flatten(), real[:, ~exact].flatten()]))[0, 1] > 0.6 if count.any() else True
+
+
+def test_so_does_a_certain_text():
+    chances = (0.4, 0.3, 0.2, 0.1)
+    text = ModalityConfig("note", ("categorical",) * 6, (4,) * 6, form="text", shape=(6,), chances=chances, decoder="adversarial")
+    judge, bag = Discriminator(ModelConfig((text,)), text), Bag(text)
+    ids_HT = torch.arange(4.0)[:, None].expand(4, 6)  # one word over and over
+    logits = (60 * torch.eye(4))[None].requires_grad_()
+    drawn = judge.drawn(bag, bag.heads(logits), None, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn[0], judge.real(ids_HT, ids_HT, None))
+    (slope,) = torch.autograd.grad(judge.drawn(bag, bag.heads(logits / 60), None, None, None)[..., 0].sum(), logits)
+    assert slope[0, :, 0].min() > 0 and slope[0, :, 1:].max() < 0  # more of a word where it is made more probable
 
 
 def test_resume_continues_exactly():

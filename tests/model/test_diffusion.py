@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from cohorts import LinearGaussian, fit_linear_gaussian, linked, masks, mixed_model, mixed_values
+from cohorts import LinearGaussian, fit_forms, fit_linear_gaussian, linked, masks, mixed_model, mixed_values, read_stamp, stamped
 
 from mmimpute import denoising
 from mmimpute.model import Imputer, ModelConfig
@@ -220,3 +220,34 @@ def test_clusters_are_as_probable_as_the_rest_of_the_record_says(clustered):
     share = (drawn @ CENTRES[0] > 0).float().mean(0)
     expected = torch.sigmoid(2 * (0.5 * x[1].sum(1) + 0.4 * x[2].sum(1)))
     assert (share - expected).mean().abs() < 0.05 and (share - expected).abs().mean() < 0.15
+
+
+@pytest.fixture(scope="module")
+def stamps():
+    """A model of two images of one stamp, a signal and a vector; fewer steps."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "MOST_STEPS", 600)
+        return fit_forms(decoder="diffusion")
+
+
+@pytest.mark.parametrize(("j", "bright"), [(0, True), (1, False)])
+def test_an_image_is_drawn_from_the_other_and_with_less_error(stamps, j, bright):
+    """The VAE's own decoder blurs, so its draws have more noise of pixels."""
+    x, kind, place = stamped(300, 1)
+    drawn = []
+    for diffusion in (None, stamps.diffusion):
+        drawn.append(stamps.vae.impute([(v, k != j) for k, v in enumerate(x)], None, seeded(), diffusion)[j])
+    plain, sharp = ((d - x[j]).square().mean() for d in drawn)
+    assert sharp < 0.6 * plain
+    found, where = read_stamp(drawn[1], bright)
+    assert ((found == kind) & (where == place).all(1)).mean() > 0.9
+    assert torch.equal(drawn[1], drawn[1].byte().float())
+
+
+def test_synthetic_images_show_one_stamp(stamps):
+    made = stamps.generate(300, seeded())
+    (one, here), (other, there) = (read_stamp(made[j], bright) for j, bright in ((0, True), (1, False)))
+    assert ((one == other) & (here == there).all(1)).mean() > 0.85  # by chance 1 in 12
+    counts = np.bincount(one, minlength=3)
+    assert counts.min() > 50
