@@ -11,24 +11,33 @@ The VAE's own decoders blur: zj ~ p(zj | z0) must do for all shapes, so noise ha
 weight on their latents' divergence, are trained first; their latents are what the denoiser learns (`mmimpute.denoising`). What
 it draws is left as it is: moved to the stack's mean and deviation by the VAE's moments it loses what it gained.
 
-Two moons, told vaguely by two other modalities, 1,500 records, one seed; c2st: accuracy of gradient boosting that tells real
-from drawn records (0.5 = cannot; the truth against itself .477), energy distance (.002) and energy score, smaller is better:
+It is for images and signals, and for vectors of shapes that Gaussians cannot make. Five views of digits, 5,000 records, 10 epochs
+(`tests/benchmarks/images.py`, whose words these are):
 
-                                        c2st    energy    score of draws given the rest
-    likelihood, as drawn                .839     .034     .636
-    likelihood, moved by the stack      .832     .044     .621
-    diffusion of the VAE's decoders     .829     .034     .629
-    diffusion, sharper decoders         .728     .011     .620
-    the same, moved by the stack        .770     .057     .652
+                      one view   four   joint   Frechet, four   joint
+    likelihood          .49      .77     .50        351          314
+    diffusion           .69      .90     .56        157          117
+    half of the views missing in training
+    likelihood          .54      .76     .43        385          377
+    diffusion           .67      .87     .48        185          172
 
-It is for shapes that Gaussians cannot make. On 1,500 records of NHANES it is worse than the likelihood, and its draws are too
-narrow (`tests/benchmarks/decoders.py`; one member, one seed; cover90: of draws' 90% ranges). Both tables are of a denoiser without
-the linear map:
+    by steps, complete: decoders as they are .56 .85 .47, 400, 368; sharper ones, 200 steps .60 .87 .51, 251, 185; 500 steps .64 .89 .54,
+    184, 132; divergence weighted .3 instead of .1 (200 steps) .58 .87 .49, 259, 190
 
-                   c2st    energy   correlations off by   score   cover90   CPU s of the fit   draws a second
-    likelihood     .953     .081          .082             .500     .81           34               29,900
-    adversarial    .945     .082          .087             .498     .81           41               32,900
-    diffusion      .963     .240          .083             .522     .72           69                3,600
+Vectors, 1,500 records, one member, one seed (`tests/benchmarks/decoders.py`, which says what the columns are). On NHANES it is worse than
+the likelihood, and its draws are too narrow: the sharper the decoders, the narrower, so theirs is a compromise.
+
+                                     c2st   energy   score   cover90   CPU s of the fit   draws a second
+    moons    likelihood              .759    .031    .491     .81             9            295,000
+             adversarial             .744    .030    .490     .81            10            322,000
+             diffusion               .651    .013    .504     .76            39              4,800
+               divergence at .1      .638    .012    .504     .76
+               at 1                  .739    .028    .530     .85
+    NHANES   likelihood              .954    .064    .498     .82            18             87,700
+             adversarial             .948    .065    .498     .82            23             82,000
+             diffusion               .959    .240    .523     .74            73              4,100
+               divergence at .1      .961    .238    .538     .67
+               at 1                  .963    .229    .516     .82
 
 Preconditioning, noise levels and Heun's sampler: Karras et al. 2022, table 1 and algorithm 1, with sigma_data = 1.
 
