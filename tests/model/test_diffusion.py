@@ -44,7 +44,7 @@ def test_whitening_is_undone_by_colouring():
 def test_a_denoiser_that_knows_nothing_draws_the_gaussian_of_the_moments():
     """Its network says 0, which for N(0, 1) is the exact answer at every noise level: so the sampler must end at the moments."""
     diffusion = untrained(members=1)
-    evidence = torch.zeros(1, 4000, diffusion.denoiser.first.weight.shape[1] - sum(diffusion.sizes) - len(diffusion.chosen))
+    evidence = torch.zeros(1, 4000, diffusion.denoiser.first.weight.shape[1] - sum(diffusion.sizes))
     for scale, drawn_SEBL in zip(diffusion.scales, diffusion.sample(evidence, 2, seeded()), strict=True):
         drawn, root = drawn_SEBL.flatten(0, 2), scale.root_ELL[0]
         assert drawn_SEBL.shape[:3] == (2, 1, 4000)
@@ -55,23 +55,25 @@ def test_a_denoiser_that_knows_nothing_draws_the_gaussian_of_the_moments():
 def test_the_loss_of_a_denoiser_that_knows_nothing_is_1():
     diffusion = untrained(members=1)
     clean = torch.randn(1, 20_000, sum(diffusion.sizes))
-    evidence = clean.new_zeros(1, 20_000, diffusion.denoiser.first.weight.shape[1] - clean.shape[2] - len(diffusion.chosen))
+    evidence = clean.new_zeros(1, 20_000, diffusion.denoiser.first.weight.shape[1] - clean.shape[2])
     loss = diffusion.loss(clean, evidence, torch.rand(20_000, len(diffusion.chosen)) < 0.5)
     assert loss.mean().item() == pytest.approx(1, abs=0.02)
 
 
-def test_latents_that_a_record_does_not_have_change_nothing():
+def test_only_latents_that_a_record_has_are_learnt():
+    """A denoiser whose output is a constant: what it says of a zj that is not there costs nothing."""
     diffusion = untrained()
-    torch.nn.init.normal_(diffusion.denoiser.last.weight)
     known = torch.tensor([[True, False, True]]).expand(ROWS, 3)
     clean = torch.randn(MEMBERS, ROWS, sum(diffusion.sizes))
-    spoiled = [t + 9 if at == 2 else t for at, t in enumerate(clean.split(diffusion.sizes, -1))]
-    evidence = torch.randn(MEMBERS, ROWS, diffusion.denoiser.first.weight.shape[1] - clean.shape[2] - 3)
+    evidence = torch.randn(MEMBERS, ROWS, diffusion.denoiser.first.weight.shape[1] - clean.shape[2])
     losses = []
-    for latents in (clean, torch.cat(spoiled, -1)):
+    for at in (None, 2, 1):  # none; the modality that is missing; one that is there
+        with torch.no_grad():
+            for part, bias in enumerate(diffusion.denoiser.last.bias.split(diffusion.sizes, -1)):
+                bias.fill_(5.0 if part == at else 0.0)
         torch.manual_seed(0)
-        losses.append(diffusion.loss(latents, evidence, known))
-    assert torch.equal(*losses)
+        losses.append(diffusion.loss(clean, evidence, known))
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
 
 
 # -- the whole model's contract -----------------------------------------------------------------------------------------
@@ -220,6 +222,17 @@ def test_clusters_are_as_probable_as_the_rest_of_the_record_says(clustered):
     share = (drawn @ CENTRES[0] > 0).float().mean(0)
     expected = torch.sigmoid(2 * (0.5 * x[1].sum(1) + 0.4 * x[2].sum(1)))
     assert (share - expected).mean().abs() < 0.05 and (share - expected).abs().mean() < 0.15
+
+
+def test_synthetic_people_are_not_only_those_who_have_everything():
+    """Two groups of equal size, one of which is never asked for b."""
+    group = torch.arange(800) % 2
+    x = list(torch.randn(800, 6, generator=seeded()).split(2, 1))
+    x[0] += 3 * group[:, None]
+    observed = [torch.ones(800, 2, dtype=torch.bool) for _ in x]
+    observed[1] &= (group == 1)[:, None]
+    made = fit_linear_gaussian(x, observed, decoder="diffusion", members=1).generate(2000, seeded())
+    assert 0.37 < (made[0].mean(1) > 1.5).float().mean() < 0.63  # .85 where the denoiser is told who lacks what
 
 
 @pytest.fixture(scope="module")
