@@ -28,7 +28,7 @@ It is for images and signals, and for vectors of shapes that Gaussians cannot ma
     by steps, complete: decoders as they are .56 .85 .47, 400, 368; sharper ones, 200 steps .60 .87 .51, 251, 185; 500 steps .64 .89 .54,
     184, 132; divergence weighted .3 instead of .1 (200 steps) .58 .87 .49, 259, 190
 
-"Told who lacks what" is how it was: the denoiser knew which zj a record has. Where half is missing at random that helps; elsewhere it
+"Told who lacks what" is how it was (and in the complete rows, where it says nothing): the denoiser knew which zj a record has. Where half is missing at random that helps; elsewhere it
 draws synthetic people as if they lacked nothing, and such people are others (below). A denoiser of z0, told nothing, and one of zj
 given z0, told that, would have both.
 
@@ -43,7 +43,7 @@ the likelihood at draws given the rest, which are too narrow: the sharper the de
     NHANES   likelihood              .954    .064    .498     .82            18             87,700
              adversarial             .948    .065    .498     .82            23             82,000
              diffusion               .944    .103    .523     .74            67              3,900
-               told who lacks what   .959    .240    .523     .74: synthetic people are those who lack nothing, in NHANES adults
+               told who lacks what   .959    .240    .523     .74: synthetic people are those who lack nothing, in NHANES mostly adults
 
 Preconditioning, noise levels and Heun's sampler: Karras et al. 2022, table 1 and algorithm 1, with sigma_data = 1.
 
