@@ -28,9 +28,9 @@ It is for images and signals, and for vectors of shapes that Gaussians cannot ma
     by steps, complete: decoders as they are .56 .85 .47, 400, 368; sharper ones, 200 steps .60 .87 .51, 251, 185; 500 steps .64 .89 .54,
     184, 132; divergence weighted .3 instead of .1 (200 steps) .58 .87 .49, 259, 190
 
-"Told who lacks what" is how it was (and in the complete rows, where it says nothing): the denoiser knew which zj a record has. Where half is missing at random that helps; elsewhere it
-draws synthetic people as if they lacked nothing, and such people are others (below). A denoiser of z0, told nothing, and one of zj
-given z0, told that, would have both.
+"Told who lacks what" is how it was (and in the complete rows, where that says nothing): the denoiser knew which zj a record has. Where
+half is missing at random that helps; elsewhere it draws synthetic people as if they lacked nothing, and such people are others (below).
+A denoiser of z0, told nothing, and one of zj given z0, told that, would have both.
 
 Vectors, 1,500 records, one member, one seed (`tests/benchmarks/decoders.py`, which says what the columns are). On NHANES it is worse than
 the likelihood at draws given the rest, which are too narrow: the sharper the decoders, the narrower. Weights of the latents' divergence of
