@@ -30,8 +30,6 @@ EMPTY, FULL = 0.2, 0.1  # shares of the records that show nothing, and all
 CHECKS = 10  # looks at the records that a member has not seen; the best weights are kept
 MOST_JUDGES = 1000
 SEED = 13
-VALUES = ("target", "observed")
-LISTS = ("filled", "z", "codes", *VALUES)  # of Inputs
 
 
 def fit_diffusion(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs, fold_N: Tensor) -> None:
@@ -41,7 +39,7 @@ def fit_diffusion(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs, fold
         return
     diffusion.requires_grad_()
     steps = _steps(len(rows), *diffusion.plan.sharpening)
-    _descend(diffusion, rows, fold_N, steps, lambda module, chosen: _reconstruction(module, vae, _part(inputs, chosen, *VALUES)))
+    _descend(diffusion, rows, fold_N, steps, lambda module, chosen: _reconstruction(module, vae, _part(inputs, chosen, values=True)))
     _fit_scales(diffusion, vae, inputs, rows)
     for decoder in (diffusion.private, diffusion.likelihoods):
         decoder.requires_grad_(False)
@@ -118,10 +116,12 @@ def _denoising(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs) -> Tens
     return sum(diffusion.loss(clean_EBU, evidence_EBC, known_BH) for _ in range(LEVELS)) / LEVELS
 
 
-def _part(inputs: Inputs, rows: Tensor, *names: str) -> Inputs:
-    """Some records: their codes, and of the other lists those that are named, for images are large."""
-    lists = {name: [t[rows] for t in getattr(inputs, name)] if name in ("codes", *names) else [] for name in LISTS}
-    return Inputs(**lists, present_BK=inputs.present_BK[rows], shown_BK=inputs.present_BK[rows])
+def _part(inputs: Inputs, rows: Tensor, values: bool = False) -> Inputs:
+    """Some records: their codes, and their values where they are asked for, as images are large."""
+    pick = lambda lists: [t[rows] for t in lists]  # noqa: E731
+    target, observed = (pick(inputs.target), pick(inputs.observed)) if values else ([], [])
+    present_BK = inputs.present_BK[rows]
+    return Inputs([], [], target, observed, pick(inputs.codes), present_BK, present_BK)
 
 
 def _posteriors(diffusion: Diffusion, vae: MultiModalVAE, inputs: Inputs) -> list[Normal]:

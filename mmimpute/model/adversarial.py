@@ -65,8 +65,8 @@ class Discriminator(nn.Module):
             self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
         self.register_buffer("real_D", torch.tensor([k == "real" for k in modality.kinds]), persistent=False)
         self.text = modality.form == "text"
-        self.weight = CONVOLVED_WEIGHT if modality.form in ("image", "signal") else GENERATOR_WEIGHT
-        self.reader = ConvCode(modality, pattern=True) if modality.form in ("image", "signal") else None
+        self.weight = CONVOLVED_WEIGHT if modality.convolved else GENERATOR_WEIGHT
+        self.reader = ConvCode(modality, pattern=True) if modality.convolved else None
         columns = self.levels if self.text else len(numbers) + self.levels * len(codes)
         seen = self.reader.width if self.reader else columns + modality.width
         self.trunk = nn.Sequential(

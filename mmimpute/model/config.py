@@ -77,6 +77,11 @@ class ModalityConfig:
         return self.form != "vector"
 
     @property
+    def convolved(self) -> bool:
+        """Its networks are convolutional; see forms.py."""
+        return self.form in ("image", "signal")
+
+    @property
     def width(self) -> int:
         return len(self.kinds)
 

@@ -78,7 +78,7 @@ DROPOUT = 0.1
 
 
 class Plan(NamedTuple):
-    """Sizes, and how long to train: epochs, and the fewest steps."""
+    """Sizes, and how long to train: epochs, and the fewest steps (at least `denoising.CHECKS`)."""
 
     width: int  # of the denoiser
     kl_weight: float  # of the decoders' latents: their distribution is the denoiser's business

@@ -101,7 +101,7 @@ class Likelihoods(nn.Module):
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
         self.student = config.tails == "student" and "real" in self.kinds and not config.structured
         self.image = config.form == "image"
-        self.silent = config.structured and config.decoder == "adversarial"  # see adversarial.py
+        self.silent = config.convolved and config.decoder == "adversarial"  # see adversarial.py
         if self.student:
             self.tail_E1F = nn.Parameter(torch.zeros(members, 1, self.counts["real"]))
         self._marginals(standardise, members)

@@ -161,7 +161,7 @@ class Private(nn.Module):
         self.from_code, self.from_shared = Linear(members, code, width), Linear(members, config.shared, width, bias=False)
         self.expert = Linear(members, width, 2 * own)
         latent = config.shared + own
-        self.convolved = modality.form in ("image", "signal")
+        self.convolved = modality.convolved
         if self.convolved:
             self.decoder = ConvDecoder(modality, latent)
             return
