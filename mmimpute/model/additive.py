@@ -1,8 +1,8 @@
 """The additive expert: ridge and logistic regression of every feature on the other modalities' encoded values.
 
 An encoded number is itself and its piecewise-linear ramps, so the regression is a sum of curves (a generalised additive
-model with linear splines). Inputs that are missing are at the Gaussian expert's conditional means, with a flag
-(always 0 where `pattern` is false).
+model with linear splines). Each modality's values, and its ramps, count as far as they have to say (blocks.py). Inputs that
+are missing are at the Gaussian expert's conditional means, with a flag (always 0 where `pattern` is false).
 
 Shape suffixes: E members, B or N records, K modalities, D features, F features of one kind, C input columns, R rank.
 """
@@ -81,6 +81,15 @@ class Additive(nn.Module):
         start = sum(self.widths[:j])
         return slice(start, start + self.widths[j])
 
+    def blocks(self, codes: Sequence[Code]) -> Tensor:
+        """Which columns are alike, (C,): per modality its values and their ramps; what is missing, of all modalities."""
+        out = []
+        for j, (read, code, width) in enumerate(zip(self.read, codes, self.widths, strict=True)):
+            numbers, ramps, levels = (code.numeric_F.numel(), 8 * code.curved_F.numel(), code.level_columns) if read else (width - 1, 0, 0)
+            told = width - numbers - ramps - levels  # holes and the flag
+            out += [1 + 2 * j] * numbers + [2 + 2 * j] * ramps + [1 + 2 * j] * levels + [0] * told
+        return torch.tensor(out)
+
     @torch.no_grad()
     def set_member(self, member: int, j: int, solution: tuple[Tensor, Tensor]) -> None:
         """weight (C, D_j) and bias (D_j,) of one member."""
@@ -148,7 +157,7 @@ class Regression:
             optimiser.zero_grad()
             weight_RF = steps_RF * scale_RF
             nats_NF = fn.binary_cross_entropy_with_logits(bias_F + self.rotated_NR @ weight_RF, y_NF, reduction="none")
-            value = (nats_NF * seen_NF).sum() + 0.5 * penalty * (variance_F * weight_RF.square()).sum()
+            value = (nats_NF * seen_NF).sum() + 0.5 * (penalty * variance_F * weight_RF.square()).sum()
             value.backward()
             return value
 

@@ -80,7 +80,8 @@ class Code(nn.Module):
         self.levels = max((config.levels[i] for i in categorical), default=0)
         for name, index in (("numeric_F", numeric), ("curved_F", curved), ("categorical_F", categorical)):
             self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
-        self.width = len(numeric) + 8 * len(curved) + self.levels * len(categorical) + config.width
+        self.level_columns = self.levels * len(categorical)
+        self.width = len(numeric) + 8 * len(curved) + self.level_columns + config.width
         # Adam moves each weight alike, so a wide modality's sum would move too far at every step.
         self.scale = min(1.0, math.sqrt(WIDE / config.width))
 

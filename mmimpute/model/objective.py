@@ -20,6 +20,11 @@ asked about the fold that it had not seen (one seed; differences of .002 are noi
     at the start and weights that keep the scale +.008, drop_values 0.5 -> 0.15 +.003; small cohorts gain .01 by dropout 0.4
     and elbo_weight 0.3; wide modalities' codes scaled by sqrt(64 / width): tcga 0.0   .118 -> .139.
 
+Not kept: to start from the additive expert's best map through z0 (its reduced-rank regression as `skip` and the decoders' linear parts).
+The VAE alone is then better everywhere, test rows of nhanes, eicu, tcga 0.0 .2510 -> .2554, .1197 -> .1361, .1468 -> .1736, of 0.5
+.2149 -> .2182, .0636 -> .0702, .0975 -> .1101, in half of the epochs where cohorts are small; but it says what the additive expert says
+already, and the stack loses: .2575 -> .2565, .1491 -> .1476, .1821 -> .1827, .2286 -> .2256, .0861 -> .0826, .1298 -> .1275.
+
 A larger elbo_weight makes joint draws and `generate` truer: on the linear-Gaussian cohort the largest error of a
 generated correlation is 0.30 at 0.1 and 0.19 at 0.5, at which imputed variances are within 7% on average.
 

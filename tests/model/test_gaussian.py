@@ -134,7 +134,7 @@ def test_conditional_means_are_exact():
     for e in range(2):
         mean, covariance = known_normal(seed=e)
         expected = [conditional_mean(*pair, mean, covariance) for pair in zip(y.double().numpy(), known.numpy(), strict=True)]
-        assert error(found[e], np.array(expected), np.sqrt(np.diag(covariance))) < 2e-4
+        assert error(found[e], np.array(expected), np.sqrt(np.diag(covariance))) < 2e-3
         assert torch.equal(found[e][known], y[known])
         torch.testing.assert_close(found[e, 0], torch.tensor(mean).float())
 

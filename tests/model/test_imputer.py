@@ -286,3 +286,14 @@ def test_a_fold_may_hold_no_record_of_a_modality_or_all_of_them(j, only):
 def test_one_member_learns_from_records_without_a_fold():
     vae, x, observed, fold = scarce(24)
     check(vae.member(0), x, observed, torch.where(fold == 0, 0, -1))
+
+
+def test_a_cohort_of_one_modality_fills_its_gaps():
+    x = [torch.randn(100, 4, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[1.0, 0.9, 0.8, 0.7]]).expand(4, 4)]
+    config = ModelConfig((ModalityConfig("labs", ("real",) * 4),), members=2)
+    vae = MultiModalVAE(config, {"labs": FeatureStatistics.blank(4)})
+    model = assemble(vae, x, masks(x), torch.arange(100) % 2)
+    observed = [torch.rand(100, 4, generator=torch.Generator().manual_seed(1)) > 0.3]
+    found = model.predict([torch.where(observed[0], x[0], 0.0)], observed)
+    assert torch.equal(found.mean[0][observed[0]], x[0][observed[0]])
+    assert float((found.mean[0] - x[0])[~observed[0]].square().mean()) < 0.5 * float(x[0].var())
