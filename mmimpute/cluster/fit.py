@@ -39,7 +39,7 @@ from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
 from mmimpute.stacking import assemble
-from mmimpute.training import OptimiserSettings, Schedule, Training, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, learning_rate, schedule, summarise
 
 STATE = "state.pt"
 TUNE_BATCH = 1024
@@ -116,7 +116,7 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "config": asdict(job.config),
         "statistics": job.statistics,
         "plan": asdict(plan),
-        "settings": asdict(OptimiserSettings(seed=job.settings.seed)),
+        "settings": asdict(OptimiserSettings(lr=learning_rate(job.config, plan), seed=job.settings.seed)),
         "patience": job.settings.patience or plan.patience,
         "cache_share": job.settings.cache_share,
         "checkpoint_seconds": job.settings.checkpoint_seconds,

@@ -8,7 +8,7 @@ import torch
 from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statistics
 
 from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE
-from mmimpute.training import OptimiserSettings, Training, fit_in_memory, schedule, slices, summarise, take
+from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, learning_rate, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
 
@@ -112,3 +112,13 @@ def test_heavy_tails_are_learned():
     freedom_EF = fitted.model.likelihoods[1].freedom_E1F[:, 0].detach()
     assert (freedom_EF[:, :3].amax(1) < freedom_EF[:, 3:].amin(1)).all()
     assert freedom_EF[:, :3].mean() < 10 < freedom_EF[:, 3:].mean()
+
+
+@pytest.mark.parametrize("steps, rate", [(10_000, 2e-3), (600, 2e-3), (300, 2e-3 * 2**0.5), (150, 4e-3), (10, 4e-3)])
+def test_few_steps_are_longer_ones(steps, rate):
+    assert learning_rate(CONFIG, Schedule(batch=128, epochs=1, steps_per_epoch=steps)) == pytest.approx(rate)
+
+
+def test_steps_of_image_networks_are_never_longer():
+    config = ModelConfig((ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),))
+    assert learning_rate(config, Schedule(batch=128, epochs=1, steps_per_epoch=10)) == OptimiserSettings.lr
