@@ -47,16 +47,26 @@ def look(shards: str, output: str, quiet: timedelta) -> Drop | None:
 
 
 def announced(output: str, drop: Drop) -> bool:
-    return storage.exists(storage.join(output, "_runs"), _note(drop))
+    """Whether all of it was in the last drop that was announced. What is left of that one, a shard set aside say, is no news."""
+    if not storage.exists(*_note(output)):
+        return False
+    return set(_versions(drop)) <= set(json.loads(storage.read(*_note(output))))
 
 
 def note_announced(output: str, drop: Drop) -> None:
-    """One event per drop: the next look finds this note. A drop that grows is another one."""
-    storage.write(storage.join(output, "_runs"), _note(drop), json.dumps(drop.told).encode())
+    """One event per drop: the next look finds this note. A drop that grows is another one.
+
+    The last one's note is enough: whatever of an earlier one is still to be taken in is a part of every later one.
+    """
+    storage.write(*_note(output), json.dumps(_versions(drop)).encode())
 
 
-def _note(drop: Drop) -> str:
-    return f"drop-{drop.name}.json"
+def _note(output: str) -> tuple[str, str]:
+    return storage.join(output, "_runs"), "announced.json"
+
+
+def _versions(drop: Drop) -> list[str]:
+    return [table.digest(s.key, s.etag) for s in drop.shards]
 
 
 def notified(message: dict[str, Any]) -> list[str]:

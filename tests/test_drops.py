@@ -20,12 +20,13 @@ ROWS = pa.table({"subject_id": ["a", "b"], "x": [1.0, None]})
 NOW = timedelta(0)
 
 
-def take_in(shards: str, output: str, model: str = "m") -> None:
-    """What an imputation of all shards leaves."""
+def take_in(shards: str, output: str, model: str = "m", aside: str = "") -> None:
+    """What an imputation of all shards leaves; aside: the one that it set aside."""
     counts = json.dumps({"rows": 2, "from_prior": 0, "imputed": {}})
-    for key in table.expected(list_shards(shards), model, "s"):
+    made = table.expected([s for s in list_shards(shards) if s.key != aside], model, "s")
+    for key in made:
         publish_table(output, key, ROWS.replace_schema_metadata({table.COUNTS: counts}))
-    wanted = [o for o in table.published(output) if o.key in table.expected(list_shards(shards), model, "s")]
+    wanted = [o for o in table.published(output) if o.key in made]
     table.commit(output, wanted, {"model_digest": model, "settings_digest": "s"})
 
 
@@ -80,6 +81,22 @@ def test_a_drop_is_announced_once_and_a_larger_one_again(cohort):
     publish_table(cohort[0], "c.parquet", ROWS)
     assert not drops.announced(cohort[1], drops.look(*cohort, NOW))
     assert drops.pending([Shard("a.parquet", "e", 1)], cohort[1])  # the note is no part of the table
+
+
+def test_a_shard_that_is_set_aside_is_announced_again_only_when_it_changes(cohort):
+    publish_table(cohort[0], "x-bad.parquet", ROWS)
+    drops.note_announced(cohort[1], drops.look(*cohort, NOW))
+    take_in(*cohort, aside="x-bad.parquet")
+    left = drops.look(*cohort, NOW)
+    assert keys(left) == ["x-bad.parquet"] and drops.announced(cohort[1], left)
+    publish_table(cohort[0], "c.parquet", ROWS)
+    larger = drops.look(*cohort, NOW)
+    assert keys(larger) == ["c.parquet", "x-bad.parquet"] and not drops.announced(cohort[1], larger)
+    drops.note_announced(cohort[1], larger)
+    take_in(*cohort, aside="x-bad.parquet")
+    assert drops.announced(cohort[1], drops.look(*cohort, NOW))
+    publish_table(cohort[0], "x-bad.parquet", pa.concat_tables([ROWS, ROWS]))
+    assert not drops.announced(cohort[1], drops.look(*cohort, NOW))
 
 
 def test_the_watcher_tells_of_a_drop_once(tmp_path, monkeypatch):
