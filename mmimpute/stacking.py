@@ -22,7 +22,8 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
     PENALTY:     30 records .0686, 120 .0668, 400 .0666 (tcga 0.5); COMMON_PENALTY 1e-3 -> 1e-2 loses .001
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ PRIOR_RECORDS = 20.0  # weight of the VAE's correlations beside those of the err
 class Assembly:
     """The records of a fit: values, masks and folds (-1: learnt from by every member, judged by none)."""
 
-    def __init__(self, vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor) -> None:
-        self.x, self.observed, self.fold_N = list(x), list(observed), fold_N
+    def __init__(self, vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor, threads: int = 1) -> None:
+        self.x, self.observed, self.fold_N, self.threads = list(x), list(observed), fold_N, threads
         self.imputer = Imputer(vae, kept_components(vae.config, len(fold_N))).eval()
         with torch.no_grad():
             self.inputs = vae.inputs(x, observed)
@@ -72,6 +73,11 @@ class Assembly:
             rows_N = rows_N & self.inputs.present_BK[:, j] & (self.inputs.present_BK.sum(1) > 1)
         return rows_N.nonzero().squeeze(1)
 
+    def each(self, fit: Callable[[int], None]) -> None:
+        """Calls fit with every modality: several at a time, which scales better than torch's threads inside the operations."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(fit, self.modalities))
+
     def hidden(self, rows: Tensor, j: int) -> list[Tensor]:
         """Masks of some records with modality j hidden."""
         masks = [o[rows] for o in self.observed]
@@ -79,10 +85,10 @@ class Assembly:
         return masks
 
 
-def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor) -> Imputer:
+def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor, threads: int = 1) -> Imputer:
     """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record. Images, signals and
-    texts are the VAE's alone."""
-    data = Assembly(vae.eval(), x, observed, fold_N)
+    texts are the VAE's alone. threads: modalities fitted at a time."""
+    data = Assembly(vae.eval(), x, observed, fold_N, threads)
     fit_prior(data)
     if data.imputer.diffusion is not None:
         fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
@@ -139,7 +145,8 @@ def _gaussian_error(data: Assembly, shrinkage: float) -> float:
 def fit_additive(data: Assembly) -> None:
     """Each modality's regressions per member; the columns' scales come from member 0's records, and the penalty, of numbers and of codes,
     is the one that judges it best."""
-    for j in data.modalities:
+
+    def fit(j: int) -> None:
         penalties = scale_C = None
         for member in range(data.members):
             rows = data.learners(member, j)
@@ -150,10 +157,10 @@ def fit_additive(data: Assembly) -> None:
                 scale_C = _scales(data, j, columns_NC, rows)
             regression = _regression(data, j, columns_NC * scale_C, rows)
             penalties = penalties or _best_penalties(data, j, regression, scale_C)
-            real = regression.solve(penalties[0])
-            binary = real if penalties[1] == penalties[0] else regression.solve(penalties[1])
-            weight_CD, bias_D = (torch.where(regression.binary_D, b, a) for a, b in zip(real, binary, strict=True))
+            weight_CD, bias_D = regression.solve(*penalties)
             data.imputer.additive.set_member(member, j, (_with_own(data, j, scale_C[:, None] * weight_CD), bias_D))
+
+    data.each(fit)
 
 
 def _columns(data: Assembly, j: int, member: int, rows: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Ten
     z_ND, x_ND, seen_ND = data.inputs.z[j][rows], data.inputs.filled[j][rows], data.observed[j][rows]
     losses = {}
     for penalty in PENALTIES:
-        weight, bias = regression.solve(penalty)
+        weight, bias = regression.solve(penalty, penalty)
         guess_ND = columns @ weight + bias
         squares = ((guess_ND - z_ND) * seen_ND)[:, regression.real_D].square().sum()
         nats = torch.nn.functional.binary_cross_entropy_with_logits(guess_ND, x_ND.clamp(0, 1), reduction="none")
@@ -211,12 +218,13 @@ def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Ten
 def fit_stack(data: Assembly) -> None:
     """Weights, error bars and intervals, from what every member says of the records it has not seen."""
     singles = [data.imputer.member(e) for e in range(data.members)]
-    gaps = dict(zip(data.modalities, _gaps(data, singles), strict=True))
-    for j in data.modalities:
-        whole = _pieces(data, singles, j)
+    generator = torch.Generator().manual_seed(SEED)
+    shown = [o & (torch.rand(o.shape, generator=generator) >= GAP_SHARE) for o in data.observed]
+
+    def fit(j: int) -> None:
         data.imputer.conformal.many_K[j] = _many(data, j)
         residuals = []
-        for mode, pieces in ((GAP, gaps[j]), (WHOLE, whole)):
+        for mode, pieces in ((GAP, _gaps(data, singles, shown, j)), (WHOLE, _pieces(data, singles, j))):
             if pieces is None:
                 continue
             beliefs, target, masks = pieces
@@ -226,6 +234,8 @@ def fit_stack(data: Assembly) -> None:
                 _fit_colour(data, j, beliefs, target)
         if residuals:
             data.imputer.conformal.fit(j, *(torch.cat(parts) for parts in zip(*residuals, strict=True)))
+
+    data.each(fit)
 
 
 def _target(data: Assembly, j: int, rows: Tensor, scored: Tensor) -> Target:
@@ -254,25 +264,21 @@ def _joined(found: Sequence[Beliefs]) -> Beliefs:
     return Beliefs(torch.cat([b.location_MEBD for b in found], 2), torch.cat([b.scale_EBD for b in found], 1))
 
 
-def _gaps(data: Assembly, singles: Sequence[Imputer]) -> Iterator[tuple[Beliefs, Target, list[Tensor]] | None]:
-    """Per modality the same for single values hidden here and there, of records that keep some of the modality."""
-    generator = torch.Generator().manual_seed(SEED)
-    shown = [o & (torch.rand(o.shape, generator=generator) >= GAP_SHARE) for o in data.observed]
-    for j in data.modalities:
-        found, order = [], []
-        for e, single in enumerate(singles):
-            rows = data.judges(e)
-            rows = rows[(shown[j][rows] != data.observed[j][rows]).any(1) & shown[j][rows].any(1)]
-            if len(rows):
-                masks = [o[rows] for o in shown]
-                with torch.no_grad():
-                    found.append(single.believe([x[rows] for x in data.x], masks, j))
-                order.append(rows)
-        if not found:
-            yield None
-            continue
-        rows = torch.cat(order)
-        yield _joined(found), _target(data, j, rows, data.observed[j][rows] & ~shown[j][rows]), [o[rows] for o in shown]
+def _gaps(data: Assembly, singles: Sequence[Imputer], shown: list[Tensor], j: int) -> tuple[Beliefs, Target, list[Tensor]] | None:
+    """The same for single values of modality j, hidden here and there, of records that keep some of the modality."""
+    found, order = [], []
+    for e, single in enumerate(singles):
+        rows = data.judges(e)
+        rows = rows[(shown[j][rows] != data.observed[j][rows]).any(1) & shown[j][rows].any(1)]
+        if len(rows):
+            masks = [o[rows] for o in shown]
+            with torch.no_grad():
+                found.append(single.believe([x[rows] for x in data.x], masks, j))
+            order.append(rows)
+    if not found:
+        return None
+    rows = torch.cat(order)
+    return _joined(found), _target(data, j, rows, data.observed[j][rows] & ~shown[j][rows]), [o[rows] for o in shown]
 
 
 def _many(data: Assembly, j: int) -> float:

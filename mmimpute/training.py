@@ -157,11 +157,15 @@ class Training:
         """
         total: dict[str, float] = defaultdict(float)
         with seeded(TUNE_SEED, self.device):
+            members = [self.average.member(e) for e in range(self.model.config.members)]
             for x, observed, *rest in batches:
                 fold_B, labels_BT = (*rest, None, None)[:2]
-                weight_EB = None if fold_B is None else (fold_B == self._index_E1()).float()
-                for name, value in self._sums(self.average(x, observed, weight_EB, **_labels(labels_BT))).items():
-                    total[name] += value
+                everything = [(self.average, torch.arange(len(x[0]), device=self.device))]
+                parts = everything if fold_B is None else [(m, (fold_B == e).nonzero().squeeze(1)) for e, m in enumerate(members)]
+                for module, rows in parts:
+                    labels = {} if labels_BT is None else _labels(labels_BT[rows])
+                    for name, value in self._sums(module(*take((x, observed), rows), **labels)).items():
+                        total[name] += value
         return dict(total)
 
     def _sums(self, terms: LossTerms) -> dict[str, float]:

@@ -47,6 +47,7 @@ MOST_TUNED = 2_000  # records that judge an epoch, up to TUNE_BYTES of them
 TUNE_BYTES = 64 << 20
 MOST_LEARNERS, MOST_JUDGES = 20_000, 10_000  # records to which the other experts and the stack are fitted
 SAMPLE_BYTES = 512 << 20  # of those records at most: images are large
+MOST_THREADS = 4  # that fit other experts and the stack: each holds the encoded records of a modality's regression
 SHUFFLED_BATCHES = 16  # held for shuffling while streaming
 RESTARTS = 3  # of the workers, after a crash
 Progress = Callable[[dict], None]
@@ -324,7 +325,7 @@ def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tens
     training.average.load_state_dict(best["weights"])
     average = training.average.cpu()
     vae = average.plain() if isinstance(average, ContrastiveVAE) else average
-    imputer = assemble(vae, *split(x, widths), folds)
+    imputer = assemble(vae, *split(x, widths), folds, threads=min(MOST_THREADS, os.cpu_count() or 1))
     best["weights"] = {name: t.detach().contiguous() for name, t in imputer.state_dict().items()}
     judged = scoring.some(folds.numpy(), np.arange(len(x)))
     names = [m.name for m in imputer.config.modalities]

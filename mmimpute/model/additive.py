@@ -118,13 +118,14 @@ class Regression:
         self.z_ND, self.x_ND, self.seen_ND = z_ND, x_ND, seen_ND.float()
         self.real_D, self.binary_D = real_D, binary_D
 
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+    def solve(self, penalty: float, logistic_penalty: float) -> tuple[Tensor, Tensor]:
         """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance."""
         weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.real_D))
         bias_D = self.rotated_NR.new_zeros(len(self.real_D))
-        for kind_D, solver in ((self.real_D, self._ridge), (self.binary_D, self._logistic)):
-            if kind_D.any():
-                weight_RD[:, kind_D], bias_D[kind_D] = solver(kind_D, penalty)
+        if self.real_D.any():
+            weight_RD[:, self.real_D], bias_D[self.real_D] = self._ridge(self.real_D, penalty)
+        if self.binary_D.any():
+            weight_RD[:, self.binary_D], bias_D[self.binary_D] = self._logistic(self.binary_D, logistic_penalty)
         weight_CD = (self.axes_CR @ weight_RD.double()).float()
         return weight_CD, bias_D - self.centre_C @ weight_CD
 

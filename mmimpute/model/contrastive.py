@@ -104,6 +104,9 @@ class ContrastiveVAE(MultiModalVAE):
         state = {name: t for name, t in self.state_dict().items() if not name.startswith("projections.")}
         return MultiModalVAE.from_state(self.config, state).to(self.hide_K.device)
 
+    def _untrained(self, config: ModelConfig) -> "ContrastiveVAE":
+        return ContrastiveVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities}, self.terms)
+
     def forward(
         self,
         x: Sequence[Tensor],

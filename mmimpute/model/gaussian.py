@@ -3,7 +3,7 @@
 It conditions on any subset of values, and its conditional means are what the additive expert reads where inputs are
 missing. Wide modalities take part with their principal components. Categorical features take no part.
 
-Shape suffixes: E members, B or N records, D features, Q components, P parts of the vector (features or components).
+Shape suffixes: E members, B or N records, D features, Q components, P parts of the vector (features or components), U unknown parts.
 """
 
 from collections.abc import Sequence
@@ -155,13 +155,17 @@ def fit_normal(y_NP: Tensor, known_NP: Tensor, shrinkage: float) -> tuple[Tensor
         return _pairwise(y_NP, known_NP, shrinkage)
     mean_P, covariance_PP = _marginal(y_NP, known_NP)
     for _ in range(ITERATIONS):
-        first_P, second_PP = torch.zeros_like(mean_P), torch.zeros_like(covariance_PP)
+        precision_PP = torch.cholesky_inverse(torch.linalg.cholesky(covariance_PP))
+        filled_NP, spread_PP = torch.where(known_NP, y_NP, mean_P), torch.zeros_like(covariance_PP)
         for known_P, rows in zip(patterns, groups, strict=True):
-            filled_MP, spread_PP = _expected(y_NP[rows], known_P, mean_P, covariance_PP)
-            first_P += filled_MP.sum(0)
-            second_PP += filled_MP.T @ filled_MP + len(rows) * spread_PP
-        mean_P = first_P / len(y_NP)
-        covariance_PP = _shrunk(second_PP / len(y_NP) - torch.outer(mean_P, mean_P), shrinkage)
+            unknown = (~known_P).nonzero().squeeze(1)
+            # Given the known parts: from the precision's block of the unknown parts, mostly the fewer (Bishop 2006, eq. 2.73 and 2.75).
+            spread_UU = torch.cholesky_inverse(torch.linalg.cholesky(precision_PP[unknown][:, unknown]))
+            filled_NP[rows[:, None], unknown] -= (filled_NP[rows] - mean_P) @ precision_PP[:, unknown] @ spread_UU
+            spread_PP[unknown[:, None], unknown] += len(rows) * spread_UU
+        second_PP = (filled_NP.T @ filled_NP + spread_PP) / len(y_NP)
+        mean_P = filled_NP.mean(0)
+        covariance_PP = _shrunk(second_PP - torch.outer(mean_P, mean_P), shrinkage)
     return mean_P, covariance_PP
 
 
@@ -169,17 +173,6 @@ def _marginal(y_NP: Tensor, known_NP: Tensor) -> tuple[Tensor, Tensor]:
     count_P = known_NP.sum(0).clamp_min(1)
     mean_P = (y_NP * known_NP).sum(0) / count_P
     return mean_P, torch.diag((((y_NP - mean_P) * known_NP).square().sum(0) / count_P).clamp_min(1e-6))
-
-
-def _expected(y_MP: Tensor, known_P: Tensor, mean_P: Tensor, covariance_PP: Tensor) -> tuple[Tensor, Tensor]:
-    """Records of one pattern with their unknown parts at the conditional mean, and the conditional covariance."""
-    known, unknown = known_P.nonzero().squeeze(1), (~known_P).nonzero().squeeze(1)
-    filled_MP, spread_PP = y_MP.clone(), torch.zeros_like(covariance_PP)
-    if len(unknown):
-        gain_KU = torch.linalg.solve(covariance_PP[known][:, known], covariance_PP[known][:, unknown])
-        filled_MP[:, unknown] = mean_P[unknown] + (y_MP[:, known] - mean_P[known]) @ gain_KU
-        spread_PP[unknown[:, None], unknown] = covariance_PP[unknown][:, unknown] - covariance_PP[unknown][:, known] @ gain_KU
-    return filled_MP, spread_PP
 
 
 def _shrunk(covariance_PP: Tensor, shrinkage: float) -> Tensor:

@@ -324,8 +324,12 @@ class MultiModalVAE(nn.Module):
         if self.config.members == 1:
             return self
         shared = self.shared_names()
-        state = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
-        return MultiModalVAE.from_state(dataclasses.replace(self.config, members=1), state).to(self.hide_K.device)
+        model = self._untrained(dataclasses.replace(self.config, members=1))
+        model.load_state_dict({name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()})
+        return model.eval().to(self.hide_K.device)
+
+    def _untrained(self, config: ModelConfig) -> "MultiModalVAE":
+        return MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
 
     def _shared(self, inputs: Inputs, noise: Tensor, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z0 from noise (S, E or 1, B or 1, L), and its mean (E, B, L): of q(z0 | x), or of p(z0) where nothing is observed.

@@ -28,7 +28,7 @@ def problem(rows: int, columns: int, kind: str, missing: float = 0.0):
 
 def solved(c, y, seen, kind: str, penalty: float):
     which = [torch.full((y.shape[1],), kind == k) for k in ("real", "binary")]
-    weight, bias = Regression(c, torch.where(seen, y, 0.0), torch.where(seen, y, 0.0), seen, *which).solve(penalty)
+    weight, bias = Regression(c, torch.where(seen, y, 0.0), torch.where(seen, y, 0.0), seen, *which).solve(penalty, penalty)
     return weight, bias, c @ weight + bias
 
 
@@ -89,7 +89,7 @@ def test_both_kinds_are_solved_side_by_side():
     c, real, seen = problem(*SHAPES[0], "real")
     y = torch.cat([real[:, :2], (real > 0).float(), real[:, 2:]], 1)
     kinds = torch.tensor([1, 1, 2, 2, 2, 2, 0, 0])
-    weight, bias = Regression(c, y, y, torch.ones_like(y, dtype=torch.bool), kinds == 1, kinds == 2).solve(100.0)
+    weight, bias = Regression(c, y, y, torch.ones_like(y, dtype=torch.bool), kinds == 1, kinds == 2).solve(100.0, 100.0)
     torch.testing.assert_close(weight[:, :2], solved(c, real, seen, "real", 100.0)[0][:, :2])
     torch.testing.assert_close(weight[:, 2:6], solved(c, y[:, 2:6], seen, "binary", 100.0)[0])
     assert not weight[:, 6:].any() and not bias[6:].any()

@@ -64,7 +64,7 @@ def test_scaled_columns_predict_new_records_better():
     for name, scale_C in (("scaled", block_scales(columns[train], block_C, target[train], seen[train])), ("plain", torch.ones(95))):
         kinds = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
         regression = Regression(columns[train] * scale_C, target[train], target[train], seen[train], *kinds)
-        fits = [regression.solve(p) for p in ((1.0,) if name == "scaled" else (0.1, 1.0, 3.0, 10.0, 30.0, 100.0))]
+        fits = [regression.solve(p, p) for p in ((1.0,) if name == "scaled" else (0.1, 1.0, 3.0, 10.0, 30.0, 100.0))]
         errors[name] = min(float(((columns[test] * scale_C) @ w + b - target[test]).square().mean()) for w, b in fits)
     assert errors["scaled"] < 0.8 * errors["plain"]  # whose penalty is the best of six on the test records themselves
 

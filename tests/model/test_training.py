@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statistics
@@ -66,6 +67,19 @@ def test_tune_repeats_and_its_sums_add_up():
         (found[f"{n}.reconstruction"] - found[f"{n}.private_kl"]) * first[f"{n}.observed"] for n in ("labs.mixed", "plain", "codes")
     )
     assert found["elbo"] == pytest.approx(parts / 96 - found["shared_kl"], rel=1e-4)
+
+
+def test_a_record_judges_only_the_member_that_has_not_seen_it():
+    training = Training(mixed_model(members=3), OptimiserSettings(), total_steps=2)
+    fold = torch.arange(96) % 3
+    before = torch.get_rng_state()
+    assert training.tune([(*DATA, fold)])["rows"] == 96 and torch.equal(before, torch.get_rng_state())
+    whole = {name: p.clone() for name, p in training.average.named_parameters()}
+    for e in range(3):
+        for name, p in training.average.named_parameters():
+            p.fill_(torch.nan).narrow(0, e, 1).copy_(whole[name][e : e + 1])
+        sums = training.tune([(*take(DATA, fold == e), fold[fold == e])])
+        assert sums["rows"] == 32 and np.isfinite(list(sums.values())).all()
 
 
 def test_the_rate_rises_then_falls_to_zero():
