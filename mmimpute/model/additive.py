@@ -51,27 +51,17 @@ class Additive(nn.Module):
             present_B1 = observed[j].any(1, keepdim=True)
             if not self.read[j]:
                 padded = fn.pad(part, (0, component.basis_EDQ.shape[2] - component.parts))
-                block = torch.where(present_B1, component.scores(z[j]), padded)
+                out.append(torch.where(present_B1, component.scores(z[j]), padded))
             else:
                 filled_EBD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), component.restore(part))
-                block = self._encoded(filled_EBD, x[j], observed[j], code, knots[j])
-            flag = (self.pattern * (present_B1.to(block.dtype) - 0.5)).expand(*block.shape[:-1], 1)
-            out += [block, flag]
+                out += self._encoded(filled_EBD, x[j], observed[j], code, knots[j])
+            out.append((self.pattern * (present_B1.to(part.dtype) - 0.5)).expand(*part.shape[:-1], 1))
         return torch.cat(out, -1)
 
     @staticmethod
-    def _encoded(z_EBD: Tensor, x_BD: Tensor, seen_BD: Tensor, code: Code, knots_DO: Tensor) -> Tensor:
-        members = z_EBD.shape[0]
-        shared = code(torch.zeros_like(x_BD), x_BD, seen_BD, knots_DO) / code.scale  # levels and holes come from here
-        numbers, curves = code.numeric_F.numel(), 8 * code.curved_F.numel()
-        return torch.cat(
-            [
-                z_EBD.index_select(-1, code.numeric_F),
-                code.ramps(z_EBD, knots_DO).flatten(2),
-                shared[:, numbers + curves :].expand(members, -1, -1),
-            ],
-            -1,
-        )
+    def _encoded(z_EBD: Tensor, x_BD: Tensor, seen_BD: Tensor, code: Code, knots_DO: Tensor) -> list[Tensor]:
+        numbers = [z_EBD.index_select(-1, code.numeric_F), code.ramps(z_EBD, knots_DO).flatten(2)]
+        return numbers + [t.expand(len(z_EBD), -1, -1) for t in code.told(x_BD, seen_BD)]
 
     def forward(self, j: int, columns_EBC: Tensor) -> Tensor:
         """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
@@ -85,9 +75,8 @@ class Additive(nn.Module):
         """Which columns are alike, (C,): per modality its values and their ramps; what is missing, of all modalities."""
         out = []
         for j, (read, code, width) in enumerate(zip(self.read, codes, self.widths, strict=True)):
-            numbers, ramps, levels = (code.numeric_F.numel(), 8 * code.curved_F.numel(), code.level_columns) if read else (width - 1, 0, 0)
-            told = width - numbers - ramps - levels  # holes and the flag
-            out += [1 + 2 * j] * numbers + [2 + 2 * j] * ramps + [1 + 2 * j] * levels + [0] * told
+            numbers, ramps, levels, holes = code.layout if read else (width - 1, 0, 0, 0)
+            out += [1 + 2 * j] * numbers + [2 + 2 * j] * ramps + [1 + 2 * j] * levels + [0] * (holes + 1)  # and the flag
         return torch.tensor(out)
 
     @torch.no_grad()

@@ -131,11 +131,11 @@ class Imputer(nn.Module):
         if self.config.modalities[j].structured:
             return heads, None
         location_EBD, scale_EBD = self.vae.likelihoods[j].location_scale(heads)
-        gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j][:, rows])
+        gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j].index_select(1, rows))
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
         gaussian = torch.where(getattr(self, f"real_{j}"), gaussian, torch.logit(chance))
-        return heads, Beliefs(torch.stack([location_EBD, self.additive(j, given.columns_EBC[:, rows]), gaussian]), scale_EBD)
+        return heads, Beliefs(torch.stack([location_EBD, self.additive(j, given.columns_EBC.index_select(1, rows)), gaussian]), scale_EBD)
 
     def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor, Heads, Beliefs | None]]:
         """Per modality, the records with gaps in it and those that lack it whole: mode, rows and what is believed there."""

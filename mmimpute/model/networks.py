@@ -80,8 +80,8 @@ class Code(nn.Module):
         self.levels = max((config.levels[i] for i in categorical), default=0)
         for name, index in (("numeric_F", numeric), ("curved_F", curved), ("categorical_F", categorical)):
             self.register_buffer(name, torch.tensor(index, dtype=torch.long), persistent=False)
-        self.level_columns = self.levels * len(categorical)
-        self.width = len(numeric) + 8 * len(curved) + self.level_columns + config.width
+        self.layout = (len(numeric), 8 * len(curved), self.levels * len(categorical), config.width)  # numbers, ramps, levels, holes
+        self.width = sum(self.layout)
         # Adam moves each weight alike, so a wide modality's sum would move too far at every step.
         self.scale = min(1.0, math.sqrt(WIDE / config.width))
 
@@ -91,12 +91,16 @@ class Code(nn.Module):
         parts = [z_BD.index_select(-1, self.numeric_F).clamp(-CLIP, CLIP)]
         if self.curved_F.numel():
             parts.append(self._curves(z_BD, seen_BD, knots_DO).flatten(1))
+        return self.scale * torch.cat([*parts, *self.told(x_BD, observed_BD)], -1)
+
+    def told(self, x_BD: Tensor, observed_BD: Tensor) -> list[Tensor]:
+        """What are no numbers: the levels of categories, and holes, the values missing inside a modality that is there. A modality that is
+        absent as a whole is told by a flag."""
+        seen_BD, levels = observed_BD.to(x_BD.dtype), []
         if self.categorical_F.numel():
             level = x_BD[:, self.categorical_F].clamp(0, self.levels - 1).long()
-            parts.append((fn.one_hot(level, self.levels) * seen_BD[:, self.categorical_F, None]).flatten(1))
-        # Holes: values missing inside a modality that is there. A modality that is absent as a whole is told by a flag.
-        parts.append(observed_BD.any(-1, keepdim=True) * (1 - seen_BD) * self.pattern)
-        return self.scale * torch.cat(parts, -1)
+            levels = [(fn.one_hot(level, self.levels) * seen_BD[:, self.categorical_F, None]).flatten(1)]
+        return [*levels, observed_BD.any(-1, keepdim=True) * (1 - seen_BD) * self.pattern]
 
     def _curves(self, z_BD: Tensor, seen_BD: Tensor, knots_DO: Tensor) -> Tensor:
         """The ramps with 0 where nothing is observed; without the pattern, with 0 at the mean, which is then the same."""

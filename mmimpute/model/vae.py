@@ -366,7 +366,7 @@ class MultiModalVAE(nn.Module):
 
     def heads(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> Heads:
         """p(xj | zj, z0) of some rows at every node and member: what `Likelihoods` takes, leading S and E."""
-        return self._decode(j, inputs, latents.z0_SEBL[:, :, rows], latents.noise_S11L[..., : self.private[j].own], rows)
+        return self._decode(j, inputs, latents.z0_SEBL.index_select(2, rows), latents.noise_S11L[..., : self.private[j].own], rows)
 
     @torch.no_grad()
     def predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], draws: int = 4) -> Predictive:
