@@ -2,7 +2,7 @@
 
     python tests/benchmarks/accuracy.py BENCH [--cohorts nhanes2017 eicu_demo tcga_brca] [--dropped 0.0 0.5] [--out FOLDER]
 
-BENCH holds cohorts.py, score.py and results/<cohort>_<dropped>.json; the source files are in BENCH/../data.
+BENCH holds cohorts.py, score.py and, where peers were scored, results/<cohort>_<dropped>.json; the source files are in BENCH/../data.
 Prints, per setting, the skill per modality beside the best single peer's, the share inside the 90% interval, and seconds.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -41,17 +42,21 @@ def command(*arguments) -> float:
 
 
 def show(console: Console, cohort: str, dropped: str, result: dict, peers: dict) -> None:
-    best = {m: max((p["modalities"][m]["skill"], name) for name, p in peers.items() if m in p["modalities"]) for m in result["modalities"]}
+    """A table; peers: name -> the scorer's result, none where nobody scored them."""
+    at = lambda m: ((p["modalities"][m]["skill"], name) for name, p in peers.items() if m in p["modalities"])  # noqa: E731
     table = Table("modality", "ours", "best single peer", "covered by 90%", "ECE", title=f"{cohort} {dropped}")
     for name, m in result["modalities"].items():
         covered, error = m.get("real", {}).get("cover90"), m.get("binary", {}).get("ece")
-        peer = f"{best[name][0]:.3f} {best[name][1]}"
-        table.add_row(
-            name, f"{m['skill']:.3f}", peer, "-" if covered is None else f"{covered:.3f}", "-" if error is None else f"{error:.3f}"
-        )
-    overall = max((p["overall"], name) for name, p in peers.items() if len(p["modalities"]) == len(result["modalities"]))
-    table.add_row("overall", f"{result['overall']:.3f}", f"{overall[0]:.3f} {overall[1]}", "", "")
+        told = ("-" if figure is None else f"{figure:.3f}" for figure in (covered, error))
+        table.add_row(name, f"{m['skill']:.3f}", _best(at(name)), *told)
+    overall = _best((p["overall"], name) for name, p in peers.items() if len(p["modalities"]) == len(result["modalities"]))
+    table.add_row("overall", f"{result['overall']:.4f}", overall, "", "")
     console.print(table, f"fit {result['seconds']['fit']:.0f} s, impute {result['seconds']['impute']:.0f} s (whole commands)")
+
+
+def _best(found: Iterable[tuple[float, str]]) -> str:
+    skill, name = max(found, default=(None, None))
+    return "-" if name is None else f"{skill:.3f} {name}"
 
 
 def main() -> None:
@@ -67,7 +72,8 @@ def main() -> None:
             for dropped in given.dropped:
                 folder = (given.out or Path(scratch)) / f"{cohort}_{dropped}"
                 result = measure(given.bench.resolve(), cohort, dropped, folder)
-                peers = json.loads((given.bench / "results" / f"{cohort}_{dropped}.json").read_text())
+                scored = given.bench / "results" / f"{cohort}_{dropped}.json"
+                peers = json.loads(scored.read_text()) if scored.exists() else {}
                 show(console, cohort, dropped, result, {n: p for n, p in peers.items() if n != "blend"})
 
 
