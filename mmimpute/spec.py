@@ -133,7 +133,9 @@ class FitSettings(_Settings):
     seed: int = 0
     epochs: int | None = Field(None, ge=1, description="at most; default: by the number of records")
     batch_size: int | None = Field(None, ge=8, description="records per worker and step; default: by the number of records")
-    patience: int | None = Field(None, ge=1, description="epochs without a better tune loss before stopping; default: half of them")
+    patience: int | None = Field(
+        None, ge=1, description="of a single member: epochs without a better tune loss before stopping; default: half of them"
+    )
     workers: int = Field(0, ge=0)
     gpus_per_worker: float = Field(0, ge=0)
     cache_share: float = Field(0.25, ge=0, le=0.9, description="of a host's memory that its workers may fill with training records")

@@ -39,7 +39,7 @@ from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
 from mmimpute.stacking import assemble
-from mmimpute.training import OptimiserSettings, Schedule, Training, learning_rate, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, keeps, learning_rate, schedule, summarise
 
 STATE = "state.pt"
 TUNE_BATCH = 1024
@@ -76,7 +76,7 @@ class Fitted:
 
 
 def fit(job: Job, home: str, on_epoch: Progress = lambda epoch: None) -> Fitted:
-    """Trains, or resumes training, and returns the best averaged weights and one record per epoch.
+    """Trains, or resumes training, and returns the averaged weights that are kept and one record per epoch.
 
     Checkpoints stand under `<home>/_training/<name>` until they are cleared.
     """
@@ -245,7 +245,7 @@ class RankRecords:
 
 
 def train_loop(loop: dict[str, Any]) -> None:
-    """One rank: load or resume, then per epoch train, tune, report, until the tune loss stops falling."""
+    """One rank: load or resume, then per epoch train, tune, report, until the last or until a single member's tune loss stops falling."""
     context = train.get_context()
     training, plan, best = _prepare(loop, context.get_world_rank())
     if checkpoint := train.get_checkpoint():
@@ -308,9 +308,10 @@ def _all_reduce(sums: dict[str, float], device: torch.device) -> dict[str, float
 
 
 def _judge(best: dict[str, Any], record: dict, training: Training, patience: int, plan: Schedule) -> None:
-    """Keeps the best averaged weights; equal on every rank, as the tune loss is."""
+    """Keeps averaged weights, see `training.keeps`; equal on every rank, as the tune loss is."""
+    record["kept"] = keeps(training.model.config, record["tune_loss"], best["loss"])
     best["history"].append(record)
-    if record["tune_loss"] < best["loss"]:
+    if record["kept"]:
         best |= {"loss": record["tune_loss"], "epoch": record["epoch"], "weights": _weights(training)}
     best["stopped"] = record["epoch"] >= plan.epochs or record["epoch"] - best["epoch"] >= patience
 

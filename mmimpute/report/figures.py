@@ -62,19 +62,14 @@ def training(history: list[dict], name: str, title: str, unit: str) -> Figure:
                 values += [point[1] for point in points]
         if name != "loss":
             _leave_out_the_first_epochs(axes, values)
-        if best := best_epoch(history):
-            axes.axvline(best, color=MUTED, linewidth=1, linestyle=":", label=f"kept: epoch {best}")
+        kept = [epoch["epoch"] for epoch in history if epoch.get("kept")]
+        if kept:
+            axes.axvline(kept[-1], color=MUTED, linewidth=1, linestyle=":", label=f"kept: epoch {kept[-1]}")
         axes.set(xlabel="epoch", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if values:
             axes.legend(loc="best")
         return figure
-
-
-def best_epoch(history: list[dict]) -> int | None:
-    """The epoch with the lowest error on hidden values of records not learnt from: the one that training keeps."""
-    scored = [epoch for epoch in history if epoch.get("tune_loss") is not None]
-    return int(min(scored, key=lambda epoch: epoch["tune_loss"])["epoch"]) if scored else None
 
 
 def _leave_out_the_first_epochs(axes: Axes, values: list[float]) -> None:

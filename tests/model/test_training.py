@@ -112,6 +112,19 @@ def test_fit_keeps_the_best_average():
     assert summarise(again)["loss"] == pytest.approx(min(losses))
 
 
+def test_several_members_are_trained_to_the_end(monkeypatch):
+    """Also where members by themselves get worse in every epoch, at which a single one stops."""
+    names = ("elbo", "shared_kl", "a.impute", "a.observed", "a.reconstruction", "a.private_kl")
+    sums = {"rows": 1, "elbo_rows": 1, "a.hidden": 1} | dict.fromkeys(names, 0)
+    losses = itertools.count(1)
+    monkeypatch.setattr(Training, "tune", lambda self, batches: sums | {"a.score": next(losses)})
+    monkeypatch.setattr(Schedule, "patience", 1)
+    plan = Schedule(batch=48, epochs=3, steps_per_epoch=2)
+    for members, kept in ((2, [True, True, True]), (1, [True, False])):
+        fold = torch.arange(96) % 2 - int(members == 1)
+        assert [h["kept"] for h in fit_in_memory(mixed_model(members=members), DATA, fold, plan=plan).history] == kept
+
+
 def test_heavy_tails_are_learned():
     """Errors of three features have 4 degrees of freedom, those of three others are Gaussian; all have variance 1."""
     generator, rows = torch.Generator().manual_seed(0), 2000
