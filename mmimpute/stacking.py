@@ -78,7 +78,7 @@ class Assembly:
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(fit, self.modalities))
 
-    def hidden(self, rows: Tensor, j: int) -> list[Tensor]:
+    def hidden(self, rows: Tensor | slice, j: int) -> list[Tensor]:
         """Masks of some records with modality j hidden."""
         masks = [o[rows] for o in self.observed]
         masks[j] = torch.zeros_like(masks[j])
@@ -224,7 +224,9 @@ def fit_stack(data: Assembly) -> None:
     def fit(j: int) -> None:
         data.imputer.conformal.many_K[j] = _many(data, j)
         residuals = []
-        for mode, pieces in ((GAP, _gaps(data, singles, shown, j)), (WHOLE, _pieces(data, singles, j))):
+        whole = [data.judges(e, j) for e in range(data.members)]
+        for mode, rows_of, kept in ((GAP, _with_gaps(data, shown, j), shown), (WHOLE, whole, data.hidden(slice(None), j))):
+            pieces = _pieces(data, singles, j, rows_of, kept)
             if pieces is None:
                 continue
             beliefs, target, masks = pieces
@@ -245,40 +247,32 @@ def _target(data: Assembly, j: int, rows: Tensor, scored: Tensor) -> Target:
     return Target(*values, scored & mixed_D, data.fold_N[rows], getattr(imputer, f"real_{j}"), vae.standardise[j])
 
 
-def _pieces(data: Assembly, singles: Sequence[Imputer], j: int) -> tuple[Beliefs, Target, list[Tensor]] | None:
-    """Beliefs about modality j hidden, of every record by the member that has not seen it."""
-    found, order = [], []
-    for e, single in enumerate(singles):
-        rows = data.judges(e, j)
+def _pieces(
+    data: Assembly, singles: Sequence[Imputer], j: int, rows_of: Sequence[Tensor], shown: Sequence[Tensor]
+) -> tuple[Beliefs, Target, list[Tensor]] | None:
+    """Beliefs about what is not shown of modality j, of some records by the member that has not seen them, and the truth.
+
+    rows_of: each member's; shown: masks of all records. None where there is no such record.
+    """
+    found = []
+    for single, rows in zip(singles, rows_of, strict=True):
         if len(rows):
             with torch.no_grad():
-                found.append(single.believe([x[rows] for x in data.x], data.hidden(rows, j), j))
-            order.append(rows)
+                found.append(single.believe([x[rows] for x in data.x], [o[rows] for o in shown], j))
     if not found:
         return None
-    rows = torch.cat(order)
-    return _joined(found), _target(data, j, rows, data.observed[j][rows]), data.hidden(rows, j)
+    rows = torch.cat(list(rows_of))
+    return _joined(found), _target(data, j, rows, data.observed[j][rows] & ~shown[j][rows]), [o[rows] for o in shown]
 
 
 def _joined(found: Sequence[Beliefs]) -> Beliefs:
     return Beliefs(torch.cat([b.location_MEBD for b in found], 2), torch.cat([b.scale_EBD for b in found], 1))
 
 
-def _gaps(data: Assembly, singles: Sequence[Imputer], shown: list[Tensor], j: int) -> tuple[Beliefs, Target, list[Tensor]] | None:
-    """The same for single values of modality j, hidden here and there, of records that keep some of the modality."""
-    found, order = [], []
-    for e, single in enumerate(singles):
-        rows = data.judges(e)
-        rows = rows[(shown[j][rows] != data.observed[j][rows]).any(1) & shown[j][rows].any(1)]
-        if len(rows):
-            masks = [o[rows] for o in shown]
-            with torch.no_grad():
-                found.append(single.believe([x[rows] for x in data.x], masks, j))
-            order.append(rows)
-    if not found:
-        return None
-    rows = torch.cat(order)
-    return _joined(found), _target(data, j, rows, data.observed[j][rows] & ~shown[j][rows]), [o[rows] for o in shown]
+def _with_gaps(data: Assembly, shown: Sequence[Tensor], j: int) -> list[Tensor]:
+    """Each member's records that keep some of modality j, and not all."""
+    gaps_N = (shown[j] != data.observed[j]).any(1) & shown[j].any(1)
+    return [rows[gaps_N[rows]] for rows in map(data.judges, range(data.members))]
 
 
 def _many(data: Assembly, j: int) -> float:
