@@ -18,6 +18,7 @@ from mmimpute.model.config import ModelConfig
 from mmimpute.model.diffusion import Diffusion, diffused
 from mmimpute.model.gaussian import Gaussian, kept_components
 from mmimpute.model.likelihoods import Heads
+from mmimpute.model.networks import rounded
 from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import Inputs, Latents, MultiModalVAE
@@ -138,11 +139,12 @@ class Imputer(nn.Module):
         return heads, Beliefs(torch.stack([location_EBD, self.additive(j, given.columns_EBC.index_select(1, rows)), gaussian]), scale_EBD)
 
     def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor, Heads, Beliefs | None]]:
-        """Per modality, the records with gaps in it and those that lack it whole: mode, rows and what is believed there."""
+        """Per modality, the records with gaps in it and those that lack it whole: mode, rows, the first perhaps more than once, and what
+        is believed there."""
         for j, seen_BD in enumerate(given.inputs.observed):
             whole_B = ~seen_BD.any(1)
             for mode, rows_B in ((WHOLE, whole_B), (GAP, ~whole_B & ~seen_BD.all(1))):
-                rows = rows_B.nonzero().squeeze(1)
+                rows = rounded(rows_B.nonzero().squeeze(1))
                 if len(rows):
                     yield j, mode, rows, *self._beliefs(j, given, rows)
 

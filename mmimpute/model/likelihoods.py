@@ -176,36 +176,34 @@ class Likelihoods(nn.Module):
 
     def log_prob(self, heads: Heads, target_D: Tensor) -> Tensor:
         """Log-likelihood per feature, (..., D), of targets that broadcast against the heads."""
-        parts = []
-        for kind in self.kinds:
-            x, head = self._of_kind(target_D, kind), heads[kind]
-            if kind == "real":
-                parts.append(self._real_log_prob(x, head))
-            elif kind == "binary":
-                parts.append(bernoulli_log_prob(x, head[..., 0]))
-            elif kind == "count":
-                parts.append(negative_binomial_log_prob(x, head[..., 0], head[..., 1]))
-            else:
-                level = x.long().clamp(0, head.shape[-1] - 1)
-                shape = torch.broadcast_shapes(level.shape, head.shape[:-1])
-                head = head.expand(*shape, head.shape[-1])
-                parts.append(head.gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1))
-        return self.join(parts)
+        return self.join([self._log_prob(kind, heads[kind], self._of_kind(target_D, kind)) for kind in self.kinds])
+
+    def _log_prob(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
+        if kind == "real":
+            return self._real_log_prob(x, head)
+        if kind == "binary":
+            return bernoulli_log_prob(x, head[..., 0])
+        if kind == "count":
+            return negative_binomial_log_prob(x, head[..., 0], head[..., 1])
+        level = x.long().clamp(0, head.shape[-1] - 1)
+        shape = torch.broadcast_shapes(level.shape, head.shape[:-1])
+        return head.expand(*shape, head.shape[-1]).gather(-1, level.expand(shape).unsqueeze(-1)).squeeze(-1)
 
     def _real_log_prob(self, x: Tensor, head: Tensor) -> Tensor:
         if self.student:
             return student_log_prob(x, *head.unbind(-1), self.freedom_E1F)
         return gaussian_log_prob(x, *head.unbind(-1))
 
-    def score(self, heads: Heads, target_BD: Tensor, log_prob_SBD: Tensor) -> Tensor:
+    def score(self, heads: Heads, target_BD: Tensor) -> Tensor:
         """Score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of its mean and
         standard deviation for real features, minus the log of its probability for the others."""
-        score_BD = math.log(log_prob_SBD.shape[0]) - log_prob_SBD.logsumexp(0)
-        if "real" in heads:
-            mean_S, sd_S = heads["real"][..., 0], heads["real"][..., 1].exp()
-            crps_BF = moment_crps(self._of_kind(target_BD, "real"), mean_S, sd_S)
-            score_BD = crps_BF if len(self.kinds) == 1 else score_BD.index_copy(-1, self.real_F, crps_BF)
-        return score_BD / self.marginal_score_D
+        parts = [self._score(kind, heads[kind], self._of_kind(target_BD, kind)) for kind in self.kinds]
+        return self.join(parts) / self.marginal_score_D
+
+    def _score(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
+        if kind == "real":
+            return moment_crps(x, head[..., 0], head[..., 1].exp())
+        return math.log(len(head)) - self._log_prob(kind, head, x).logsumexp(0)
 
     def pair_score(self, heads: Heads, target_BD: Tensor, seen_BD: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """CRPS of sums or differences of random pairs of real features, mean per record.

@@ -8,7 +8,8 @@ F some features.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,28 @@ from mmimpute.model.forms import ConvDecoder
 WIDE = 64  # the code of a modality of more features is scaled down
 CERTAIN = 3.0  # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
 CLIP = 5.0  # standardised inputs beyond this say nothing more to the encoders
+ROUND = 8  # rows of which a product has a multiple
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Lets a CPU compute float32 products by way of bfloat16, as GPUs train, where it has instructions for that (AMX).
+
+    Where it has AVX-512 only they stay float32, but come from oneDNN instead of MKL, which on AMD goes no further than AVX2: 2.2 times as
+    fast, and a training step of nhanes 1.2 times, its prediction 1.3 times. oneDNN makes a kernel for every size, so the number of rows
+    should not be just any (`rounded`). By way of bfloat16 predictions of nhanes move by .001 of their standard deviation, .05 at most.
+    """
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Row numbers, the first of them repeated until they are a multiple of ROUND."""
+    return torch.cat([rows, rows[:1].expand(-len(rows) % ROUND)])
 
 
 class Normal(NamedTuple):

@@ -70,8 +70,9 @@ class Bag(nn.Module):
         id_BT = target_BT.long().clamp(0, self.size - 1).expand(*log_V.shape[:-1], -1)
         return log_V.gather(-1, id_BT)
 
-    def score(self, heads: Heads, target_BT: Tensor, log_prob_SBT: Tensor) -> Tensor:
+    def score(self, heads: Heads, target_BT: Tensor) -> Tensor:
         """Minus the log of each token's probability under the mixture over S draws; of the marginal it is 1 on average."""
+        log_prob_SBT = self.log_prob(heads, target_BT)
         return (math.log(log_prob_SBT.shape[0]) - log_prob_SBT.logsumexp(0)) / self.marginal_score
 
     def sample(self, heads: Heads, standardise: nn.Module, generator: torch.Generator | None = None) -> Tensor:

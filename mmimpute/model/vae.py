@@ -20,7 +20,7 @@ from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.model.diffusion import Diffusion
 from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
-from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl
+from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, fast_products, kl, rounded
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior
@@ -58,6 +58,11 @@ class Latents:
     z0_SEBL: Tensor
     mean_EBL: Tensor
     noise_S11L: Tensor
+
+
+def _placed(values_EH: Tensor, rows_H: Tensor, batch: int) -> Tensor:
+    """Values of some records among those of all, (E, B), the others' being 0."""
+    return values_EH.new_zeros(len(values_EH), batch).index_add(1, rows_H, values_EH)
 
 
 def _code(modality: ModalityConfig, config: ModelConfig) -> nn.Module:
@@ -172,10 +177,12 @@ class MultiModalVAE(nn.Module):
         noise_SEBL = self._antithetic(self.config.impute_draws, q_kept.mean.shape, generator)
         columns = []
         for j in range(len(self.private)):
-            rows_H = hidden_BK[:, j].nonzero().squeeze(1)
+            hidden_H = hidden_BK[:, j].nonzero().squeeze(1)
+            rows_H = rounded(hidden_H)
             # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
             z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
-            columns.append(self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, elbo_scale, generator))
+            hidden_terms, shown_terms = self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, elbo_scale, generator)
+            columns.append((*shown_terms, *(_placed(t_EH[:, : len(hidden_H)], hidden_H, batch) for t_EH in hidden_terms)))
         reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK, adversarial_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
         terms = LossTerms(
@@ -214,14 +221,14 @@ class MultiModalVAE(nn.Module):
         rows_H: Tensor,
         warmth: float,
         generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Modality j: reconstruction, private KL (E, R); imputation, its score and what the adversary makes of it (E, B).
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Modality j: imputation, its score and what the adversary makes of it (E, H); reconstruction, private KL (E, R).
 
         One pass through the decoder serves both terms: R rows to reconstruct, S x H rows to impute.
         """
         private, likelihood = self.private[j], self.likelihoods[j]
         draws, members, rows = z0_SEHL.shape[:3]
-        some, batch = z0_ERL.shape[1], len(inputs.present_BK)
+        some = z0_ERL.shape[1]
         z0 = torch.cat([z0_ERL, z0_SEHL.transpose(0, 1).flatten(1, 2)], 1)
         both = [some, draws * rows]
         # The gradient of a split is one concatenation, that of two slices two padded sums.
@@ -237,14 +244,8 @@ class MultiModalVAE(nn.Module):
         weight = 0.0 if self.config.modalities[j].structured else self.config.pair_weight  # of pixels L_elbo does it, and cheaper
         score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], weight, generator)
         adversarial_EH = self._adversary(j, heads, inputs, z0_SEHL[0], rows_H, warmth, generator)
-        zero_EB = z0_ERL.new_zeros(members, batch)
-        return (
-            (log_prob_ERD * seen_RD).sum(-1),
-            kl(posterior_R, prior_R) * inputs.present_BK[:some, j],
-            zero_EB.index_add(1, rows_H, impute_EH),
-            zero_EB.index_add(1, rows_H, score_EH),
-            zero_EB.index_add(1, rows_H, adversarial_EH),
-        )
+        shown = (log_prob_ERD * seen_RD).sum(-1), kl(posterior_R, prior_R) * inputs.present_BK[:some, j]
+        return (impute_EH, score_EH, adversarial_EH), shown
 
     def _adversary(
         self, j: int, heads: Heads, inputs: Inputs, z0_EHL: Tensor, rows_H: Tensor, warmth: float, generator: torch.Generator | None
@@ -268,12 +269,13 @@ class MultiModalVAE(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Score and L_impute of hidden rows, (E, H) each."""
-        log_prob_SEHD = likelihood.log_prob(heads, target_HD)
-        score_EHD = likelihood.score(heads, target_HD, log_prob_SEHD)
+        score_EHD = likelihood.score(heads, target_HD)
         score_EH = (score_EHD * seen_HD).sum(-1) / seen_HD.sum(-1).clamp_min(1)
         if self.training and pair_weight:
             score_EH = score_EH + pair_weight * likelihood.pair_score(heads, target_HD, seen_HD, generator)
-        return score_EH, (log_prob_SEHD.mean(0) * seen_HD).sum(-1)
+        with torch.no_grad():  # reported only: its gradient would have no use
+            impute_EH = (likelihood.log_prob(heads, target_HD).mean(0) * seen_HD).sum(-1)
+        return score_EH, impute_EH
 
     def _objective(self, terms: LossTerms, inputs: Inputs, elbo_scale: float) -> Tensor:
         """Score of what was hidden, mean over hidden modalities, minus the ELBO per observed value; summed over members.
@@ -354,6 +356,7 @@ class MultiModalVAE(nn.Module):
         raw = private.decode(z0, own.sample(noise))
         return self.likelihoods[j].heads(raw.unflatten(1, (draws, batch)).transpose(0, 1))
 
+    @fast_products()
     def latents(self, inputs: Inputs, draws: int) -> Latents:
         """Fixed quasi-random antithetic latent nodes, the same for every record and member, around each posterior.
 
@@ -364,6 +367,7 @@ class MultiModalVAE(nn.Module):
         z0_SEBL, mean_EBL = self._shared(inputs, nodes_SL[:, None, None, :shared])
         return Latents(z0_SEBL, mean_EBL, nodes_SL[:, None, None, shared:])
 
+    @fast_products()
     def heads(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> Heads:
         """p(xj | zj, z0) of some rows at every node and member: what `Likelihoods` takes, leading S and E."""
         return self._decode(j, inputs, latents.z0_SEBL.index_select(2, rows), latents.noise_S11L[..., : self.private[j].own], rows)

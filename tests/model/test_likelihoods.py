@@ -151,7 +151,7 @@ def test_pair_score_prefers_the_right_dependence():
     for mean in (half[..., :1].expand(-1, -1, 2), half):
         draws = torch.cat([mean, -mean])
         heads = {"real": torch.stack([draws, torch.full_like(draws, -1.0)], -1)}
-        single = likelihood.score(heads, x, likelihood.log_prob(heads, x)).mean()
+        single = likelihood.score(heads, x).mean()
         scores.append((single.item(), likelihood.pair_score(heads, x, seen).mean().item()))
     assert scores[0][0] == pytest.approx(scores[1][0], abs=0.01)
     assert scores[0][1] < scores[1][1] - 0.02
@@ -170,7 +170,7 @@ def test_tails_leave_standard_deviations_and_scores_alone():
     found = []
     for likelihood, standardise in (gaussian, student):
         heads = likelihood.heads(raw)
-        score = likelihood.score(heads, target, likelihood.log_prob(heads, target))
+        score = likelihood.score(heads, target)
         found.append([*likelihood.moments(heads, standardise), *likelihood.location_scale(heads), score])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
