@@ -31,7 +31,8 @@ def fast_products() -> Iterator[None]:
 
     Where it has AVX-512 only they stay float32, but come from oneDNN instead of MKL, which on AMD goes no further than AVX2: 2.2 times as
     fast, and a training step of nhanes 1.2 times, its prediction 1.3 times. oneDNN makes a kernel for every size, so the number of rows
-    should not be just any (`rounded`). By way of bfloat16 predictions of nhanes move by .001 of their standard deviation, .05 at most.
+    should not be just any (`rounded`). By way of bfloat16 (autocast; no CPU with AMX was at hand) predictions of nhanes move by .001 of
+    their standard deviation, .05 at most.
     """
     products = torch.backends.mkldnn.matmul
     before, products.fp32_precision = products.fp32_precision, "bf16"
