@@ -3,6 +3,9 @@
 import re
 import subprocess
 import tomllib
+from importlib.metadata import distributions
+
+from packaging.specifiers import SpecifierSet
 
 from tests.infra.files import INFRA, answer, program
 
@@ -55,6 +58,14 @@ def test_the_locks_hold_every_archive_by_its_hash_and_the_tested_versions():
     extras = project["optional-dependencies"]
     wanted = project["dependencies"] + extras["cluster"] + extras["downstream"] + extras["retrieval"]
     assert {re.match("[A-Za-z0-9-]+", line)[0].lower() for line in wanted} <= locked.keys()
+
+
+def test_what_is_pinned_installs_on_the_oldest_python_that_is_promised():
+    """pip here has accepted it for the Python at hand; Debian 12 has 3.11.2."""
+    promised = tomllib.loads((INFRA.parent / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = re.match(r">=([\d.]+)", promised)[1]
+    asked = {d.name: d.metadata["Requires-Python"] or "" for d in distributions()}
+    assert {name: python for name, python in asked.items() if oldest not in SpecifierSet(python)} == {}
 
 
 def test_the_entrypoint_makes_variables_of_secrets(tmp_path):
