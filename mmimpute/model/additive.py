@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.gaussian import Components, Gaussian
-from mmimpute.model.networks import CLIP, Code, fast_products
+from mmimpute.model.networks import CLIP, Code
 
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
 MASKED_STEPS = 6  # of majorisation-minimisation where single targets are missing
@@ -63,7 +63,6 @@ class Additive(nn.Module):
         numbers = [z_EBD.index_select(-1, code.numeric_F), code.ramps(z_EBD, knots_DO).flatten(2)]
         return numbers + [t.expand(len(z_EBD), -1, -1) for t in code.told(x_BD, seen_BD)]
 
-    @fast_products()
     def forward(self, j: int, columns_EBC: Tensor) -> Tensor:
         """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
         return torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))

@@ -7,7 +7,8 @@ Shape suffixes: E members, B records, K modalities, D features, S draws, R rows 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from mmimpute.model.config import ModelConfig
 from mmimpute.model.diffusion import Diffusion, diffused
 from mmimpute.model.gaussian import Gaussian, kept_components
 from mmimpute.model.likelihoods import Heads
-from mmimpute.model.networks import rounded
+from mmimpute.model.networks import fast_products, rounded
 from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import Inputs, Latents, MultiModalVAE
@@ -121,10 +122,12 @@ class Imputer(nn.Module):
         knots = [s.knots for s in self.vae.standardise]
         return filled, self.additive.columns(filled, inputs.z, inputs.filled, believed, self.vae.code, self.gaussian, knots)
 
-    def _conditioned(self, x: Sequence[Tensor], observed: Sequence[Tensor]) -> "Conditioned":
+    def _conditioned(self, x: Sequence[Tensor], observed: Sequence[Tensor], products: Callable = nullcontext) -> "Conditioned":
+        """products: of the networks; the Gaussian's, which solve equations, stay exact."""
         inputs = self.vae.inputs(x, observed)
         linear = self.linear(inputs) if any(not m.structured for m in self.config.modalities) else (None, None)
-        return Conditioned(inputs, self.vae.latents(inputs, self.nodes), *linear)
+        with products():
+            return Conditioned(inputs, self.vae.latents(inputs, self.nodes), *linear)
 
     def _beliefs(self, j: int, given: "Conditioned", rows: Tensor) -> tuple[Heads, Beliefs | None]:
         """The VAE's heads of modality j and what all experts say, of some records; None of what it alone knows."""
@@ -176,20 +179,21 @@ class Imputer(nn.Module):
         return Prediction(**joined, z0_BL=torch.cat([p.z0_BL for p in pieces]))
 
     def _predict(self, x: Sequence[Tensor], observed: Sequence[Tensor], level: float | None) -> Prediction:
-        given = self._conditioned(x, observed)
+        given = self._conditioned(x, observed, fast_products)
         mean = [filled_BD.clone() for filled_BD in given.inputs.filled]
         std = [torch.zeros_like(m) for m in mean]
         lower, upper = ([m.clone() for m in mean] if level else None for _ in range(2))
-        for j, mode, rows, heads, beliefs in self._incomplete(given):
-            seen_RD = observed[j][rows]
-            own, spread = self._original(j, mode, beliefs, heads)
-            found = [(mean[j], own), (std[j], spread)]
-            if level:
-                group_R = self.conformal.group(j, [o[rows] for o in observed])
-                bounds = self.conformal.bounds(j, level, own, spread, group_R) if beliefs else [torch.full_like(own, torch.nan)] * 2
-                found += zip((lower[j], upper[j]), bounds, strict=True)
-            for whole_BD, part_RD in found:
-                whole_BD[rows] = torch.where(seen_RD, whole_BD[rows], part_RD)
+        with fast_products():
+            for j, mode, rows, heads, beliefs in self._incomplete(given):
+                seen_RD = observed[j][rows]
+                own, spread = self._original(j, mode, beliefs, heads)
+                found = [(mean[j], own), (std[j], spread)]
+                if level:
+                    group_R = self.conformal.group(j, [o[rows] for o in observed])
+                    bounds = self.conformal.bounds(j, level, own, spread, group_R) if beliefs else [torch.full_like(own, torch.nan)] * 2
+                    found += zip((lower[j], upper[j]), bounds, strict=True)
+                for whole_BD, part_RD in found:
+                    whole_BD[rows] = torch.where(seen_RD, whole_BD[rows], part_RD)
         return Prediction(mean, std, lower, upper, given.latents.mean_EBL[0])
 
     def _original(self, j: int, mode: int, beliefs: Beliefs | None, heads: Heads) -> tuple[Tensor, Tensor]:

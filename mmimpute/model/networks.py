@@ -23,6 +23,7 @@ WIDE = 64  # the code of a modality of more features is scaled down
 CERTAIN = 3.0  # z0's precision at the start, before softplus: noisier, the encoder would hardly get a gradient
 CLIP = 5.0  # standardised inputs beyond this say nothing more to the encoders
 ROUND = 8  # rows of which a product has a multiple
+USUAL = torch.backends.mkldnn.matmul.fp32_precision
 
 
 @contextmanager
@@ -33,13 +34,15 @@ def fast_products() -> Iterator[None]:
     fast, and a training step of nhanes 1.2 times, its prediction 1.3 times. oneDNN makes a kernel for every size, so the number of rows
     should not be just any (`rounded`). By way of bfloat16 (autocast; no CPU with AMX was at hand) predictions of nhanes move by .001 of
     their standard deviation, .05 at most.
+
+    The switch is the process's, so it is for callers beside whom no other thread computes: training and prediction, not what `assemble`
+    does several at a time. It goes back to what it was at first, in whatever order threads leave.
     """
-    products = torch.backends.mkldnn.matmul
-    before, products.fp32_precision = products.fp32_precision, "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        torch.backends.mkldnn.matmul.fp32_precision = USUAL
 
 
 def rounded(rows: Tensor) -> Tensor:

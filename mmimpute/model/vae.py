@@ -20,7 +20,7 @@ from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.model.diffusion import Diffusion
 from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
-from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, fast_products, kl, rounded
+from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl, rounded
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior
@@ -356,7 +356,6 @@ class MultiModalVAE(nn.Module):
         raw = private.decode(z0, own.sample(noise))
         return self.likelihoods[j].heads(raw.unflatten(1, (draws, batch)).transpose(0, 1))
 
-    @fast_products()
     def latents(self, inputs: Inputs, draws: int) -> Latents:
         """Fixed quasi-random antithetic latent nodes, the same for every record and member, around each posterior.
 
@@ -367,7 +366,6 @@ class MultiModalVAE(nn.Module):
         z0_SEBL, mean_EBL = self._shared(inputs, nodes_SL[:, None, None, :shared])
         return Latents(z0_SEBL, mean_EBL, nodes_SL[:, None, None, shared:])
 
-    @fast_products()
     def heads(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> Heads:
         """p(xj | zj, z0) of some rows at every node and member: what `Likelihoods` takes, leading S and E."""
         return self._decode(j, inputs, latents.z0_SEBL.index_select(2, rows), latents.noise_S11L[..., : self.private[j].own], rows)
