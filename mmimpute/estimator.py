@@ -193,7 +193,7 @@ def fit_table(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         vae = MultiModalVAE(config, {name: FeatureStatistics(**arrays) for name, arrays in statistics.items()})
-        plan = schedule(len(x), settings.batch_size, settings.epochs, config.members)
+        plan = schedule(len(x), settings.batch_size, settings.epochs, config.structured)
         optimiser = OptimiserSettings(lr=learning_rate(config, plan), seed=settings.seed)
         fitted = fit_in_memory(vae, data, folds, optimiser, plan)
         module = assemble(fitted.model, *data, folds)

@@ -266,7 +266,8 @@ def _pieces(
 
 
 def _joined(found: Sequence[Beliefs]) -> Beliefs:
-    return Beliefs(torch.cat([b.location_MEBD for b in found], 2), torch.cat([b.scale_EBD for b in found], 1))
+    location, scale = torch.cat([b.location_MEBD for b in found], 2), torch.cat([b.scale_EBD for b in found], 1)
+    return Beliefs(location, scale, torch.cat([b.others_B for b in found]))
 
 
 def _with_gaps(data: Assembly, shown: Sequence[Tensor], j: int) -> list[Tensor]:

@@ -112,7 +112,7 @@ def clear(home: str, name: str) -> None:
 
 
 def _loop_config(job: Job, workers: int) -> dict[str, Any]:
-    plan = schedule(job.rows // workers, job.settings.batch_size, job.settings.epochs, job.config.members)
+    plan = schedule(job.rows // workers, job.settings.batch_size, job.settings.epochs, job.config.structured)
     return {
         "config": asdict(job.config),
         "statistics": job.statistics,

@@ -97,7 +97,7 @@ class Imputer(nn.Module):
     @property
     def nodes(self) -> int:
         """Latent nodes per member in a prediction."""
-        return WHOLE_NODES if any(m.structured for m in self.config.modalities) else NODES
+        return WHOLE_NODES if self.config.structured else NODES
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +139,10 @@ class Imputer(nn.Module):
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
         gaussian = torch.where(getattr(self, f"real_{j}"), gaussian, torch.logit(chance))
-        return heads, Beliefs(torch.stack([location_EBD, self.additive(j, given.columns_EBC.index_select(1, rows)), gaussian]), scale_EBD)
+        additive = self.additive(j, given.columns_EBC.index_select(1, rows))
+        present_BK = given.inputs.present_BK[rows].float()
+        others_B = (present_BK.sum(1) - present_BK[:, j]) / max(1, present_BK.shape[1] - 1)
+        return heads, Beliefs(torch.stack([location_EBD, additive, gaussian]), scale_EBD, others_B)
 
     def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor, Heads, Beliefs | None]]:
         """Per modality, the records with gaps in it and those that lack it whole: mode, rows, the first perhaps more than once, and what

@@ -3,7 +3,9 @@
 Per modality, with a_e what expert e says (standardised real features, logits of binary ones) and s the VAE's deviation:
 
     location  = sum_e (w_e + delta_ed) a_ed + offset_d
-    log scale = level_d + kappa (log s - level_d) + shift_d + gamma log(1 + disagreement / s)
+    log scale = level_d + kappa (log s - level_d) + shift_d + gamma log(1 + disagreement / s) + eta (others - usual)
+
+others: share of the other modalities that a record holds, usual: its mean over the records that the stack was fitted to.
 
 Stack e belongs to member e: it was fitted to predictions that the other members made for records they had not seen.
 There is one set of parameters for modalities that are missing as a whole and one for gaps inside observed ones.
@@ -29,8 +31,9 @@ GAP, WHOLE = 0, 1
 LOG_SCALE = (-6.0, 3.0)
 PENALTY = 30.0  # of deviations from the modality's common weights, in records
 COMMON_PENALTY = 1e-3
+ETA_PENALTY = 3.0  # in records
 STEPS = 40  # of L-BFGS
-COMMON = ("weight", "kappa", "gamma")
+COMMON = ("weight", "kappa", "gamma", "eta")
 WIDE = 160  # features from which a modality's features have no weights of their own
 SAMPLE = 64
 
@@ -41,6 +44,13 @@ class Beliefs:
 
     location_MEBD: Tensor
     scale_EBD: Tensor  # the VAE's standard deviation
+    others_B: Tensor  # share of the other modalities that are observed
+
+    def rows(self, rows: Tensor) -> "Beliefs":
+        return Beliefs(self.location_MEBD[:, :, rows], self.scale_EBD[:, rows], self.others_B[rows])
+
+    def part(self, features: Tensor) -> "Beliefs":
+        return Beliefs(self.location_MEBD[..., features], self.scale_EBD[..., features], self.others_B)
 
 
 class ModalityStack(nn.Module):
@@ -54,7 +64,8 @@ class ModalityStack(nn.Module):
         for name in ("offset", "shift", "level"):
             self.register_buffer(f"{name}_EGD", torch.zeros(members, 2, width))
         self.register_buffer("kappa_EG", torch.ones(members, 2))
-        self.register_buffer("gamma_EG", torch.zeros(members, 2))
+        for name in ("gamma", "eta", "usual"):
+            self.register_buffer(f"{name}_EG", torch.zeros(members, 2))
         self.register_buffer("alone_EGMD", torch.ones(members, 2, experts, width))  # each expert's own error, standardised
 
     def of(self, mode: int) -> dict[str, Tensor]:
@@ -78,6 +89,7 @@ def mix(parameters: dict[str, Tensor], beliefs: Beliefs) -> tuple[Tensor, Tensor
         + p["kappa"][:, None, None] * (beliefs.scale_EBD.log() - level_E1D)
         + p["shift"][:, None]
         + p["gamma"][:, None, None] * torch.log1p(disagreement_EBD / beliefs.scale_EBD)
+        + (p["eta"][:, None] * (beliefs.others_B - p["usual"][:, None]))[..., None]
     )
     return location_EBD, log_scale_EBD.clamp(*LOG_SCALE).exp()
 
@@ -168,7 +180,7 @@ def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> No
     for e in range(members):
         rows = (target.fold_N != e if members > 1 else target.fold_N >= 0).nonzero().squeeze(1)
         first = {name: t[e : e + 1].clone() for name, t in stack.of(mode).items()}
-        last = _fit_member(first, Beliefs(beliefs.location_MEBD[:, :, rows], beliefs.scale_EBD[:, rows]), target.rows(rows))
+        last = _fit_member(first, beliefs.rows(rows), target.rows(rows))
         for name, t in stack.named_buffers():
             t[e : e + 1, mode] = last[name.rsplit("_", 1)[0]]
 
@@ -181,18 +193,17 @@ def _fit_member(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target)
     if not bool(target.live_D.any()):
         return parameters
     parameters["alone"] = _alone(beliefs, target, scored_END, count_ED)
+    parameters["usual"] = beliefs.others_B.mean()[None]
     parameters["level"] = (beliefs.scale_EBD.log() * scored_END).sum(1) / count_ED
     chosen = target.live_D.nonzero().squeeze(1)
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
-    some = {name: t if name in COMMON else t[..., chosen] for name, t in parameters.items()}
+    some = {name: t if name in (*COMMON, "usual") else t[..., chosen] for name, t in parameters.items()}
     own = ("shift",) if width > WIDE else ("delta", "offset", "shift")
-    part = Beliefs(beliefs.location_MEBD[..., chosen], beliefs.scale_EBD[..., chosen])
-    _minimise(some, (*COMMON, *own), part, target.part(chosen), scored_END[..., chosen])
-    for name, t in some.items():
-        if name in COMMON:
-            parameters[name] = t
-        else:
-            parameters[name][..., chosen] = t
+    _minimise(some, (*COMMON, *own), beliefs.part(chosen), target.part(chosen), scored_END[..., chosen])
+    for name in COMMON:
+        parameters[name] = some[name]
+    for name in own:
+        parameters[name][..., chosen] = some[name]
     if width > WIDE:
         parameters["shift"] = _own_scale(parameters, beliefs, target, scored_END, count_ED)
     return parameters
@@ -215,7 +226,7 @@ def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beli
         own_ED = parameters["delta"].square().sum(1) + 0.25 * (parameters["offset"].square() + parameters["shift"].square())
         value = value + (PENALTY / count_ED / features * own_ED).sum()
         common = (free["weight"] - 1 / len(EXPERTS)).square().sum() + (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
-        value = value + COMMON_PENALTY * common
+        value = value + COMMON_PENALTY * common + ETA_PENALTY / len(beliefs.others_B) * free["eta"].square().sum()
         value.backward()
         if value.item() < least:  # at the optimum, in float32, the line search may step to NaN
             least, best = value.item(), {name: t.detach().clone() for name, t in free.items()}

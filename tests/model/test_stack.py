@@ -1,5 +1,7 @@
 """Mixing weights, error bars and intervals: closed forms, quadrature and exact finite-sample bounds."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,9 @@ def truth(z: torch.Tensor, folds: int = 3, binary: bool = False) -> Target:
     return Target(x, z, seen, torch.arange(len(z)) % folds, real, Standardise(FeatureStatistics.blank(width)))
 
 
-def beliefs(*locations: torch.Tensor, scale: float | torch.Tensor = 1.0) -> Beliefs:
-    return Beliefs(torch.stack(locations)[:, None], torch.as_tensor(scale).expand(1, *locations[0].shape))
+def beliefs(*locations: torch.Tensor, scale: float | torch.Tensor = 1.0, others: torch.Tensor | None = None) -> Beliefs:
+    others = torch.ones(len(locations[0])) if others is None else others
+    return Beliefs(torch.stack(locations)[:, None], torch.as_tensor(scale).expand(1, *locations[0].shape), others)
 
 
 # -- mixing -------------------------------------------------------------------------------------------------------------
@@ -84,6 +87,26 @@ def test_scales_are_calibrated_on_new_records(width):
     # Nothing can know more than `known`; with it alone the score is that of the noise.
     best = crps(z, z - error_D * hard * torch.randn_like(z), error_D * hard).mean()
     assert crps(z, location_EBD, scale_EBD).mean() < 1.03 * best
+
+
+def test_error_bars_follow_how_much_else_is_observed():
+    """The VAE's deviation is the same for all records; errors halve from one other modality of four to four of four."""
+
+    def cohort(rows: int) -> tuple[Beliefs, torch.Tensor, torch.Tensor]:
+        others = torch.randint(1, 5, (rows,)) / 4
+        known = torch.randn(rows, 3)
+        z = known + torch.exp2(-(others - 0.25) / 0.75)[:, None] * torch.randn(rows, 3)
+        return beliefs(known, known, known, scale=0.7, others=others), z, others
+
+    stack = ModalityStack(2, 3)
+    said, z, others = cohort(3000)
+    fit(stack, WHOLE, said, truth(z, folds=2))
+    assert stack.eta_EG[:, WHOLE].tolist() == pytest.approx([-math.log(2) / 0.75] * 2, rel=0.15)
+    said, z, others = cohort(4000)
+    location_EBD, scale_EBD = mix(stack.of(WHOLE), said)
+    ratio_B = ((z - location_EBD) / scale_EBD).square().mean((0, 2))
+    for share in (0.25, 0.5, 0.75, 1.0):
+        assert ratio_B[others == share].mean().item() == pytest.approx(1, abs=0.12)
 
 
 def test_a_member_does_not_see_its_own_fold():

@@ -97,15 +97,22 @@ def test_sizes_follow_the_number_of_rows():
     assert all(s.steps_per_epoch == max(1, n // s.batch) for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000), strict=True))
 
 
-def test_members_of_an_ensemble_are_trained_longer():
-    assert schedule(6_500, members=5).epochs > schedule(6_500).epochs
-    assert schedule(6_500, epochs=3, members=5).epochs == 3
+def test_image_networks_are_trained_for_fewer_epochs():
+    assert schedule(6_500, structured=True).epochs < schedule(6_500).epochs
+    assert schedule(6_500, epochs=3).epochs == 3
 
 
 def test_small_cohorts_lean_on_the_generative_model():
     small, large = (ModelConfig.for_rows(CONFIG.modalities, rows, shared=8) for rows in (700, 6_500))
     assert small.elbo_weight > large.elbo_weight and small.dropout > large.dropout and small.shared == 8
     assert large == ModelConfig(CONFIG.modalities, shared=8)
+
+
+def test_many_records_bear_a_wider_trunk():
+    usual, many = (ModelConfig.for_rows(CONFIG.modalities, rows) for rows in (49_999, 50_000))
+    assert many.hidden > usual.hidden and many.dropout < usual.dropout
+    image = (ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),)
+    assert ModelConfig.for_rows(image, 50_000) == ModelConfig.for_rows(image, 49_999)
 
 
 def test_fit_keeps_the_best_average():
@@ -150,6 +157,11 @@ def test_heavy_tails_are_learned():
 @pytest.mark.parametrize("steps, rate", [(10_000, 2e-3), (600, 2e-3), (300, 2e-3 * 2**0.5), (150, 4e-3), (10, 4e-3)])
 def test_few_steps_are_longer_ones(steps, rate):
     assert learning_rate(CONFIG, Schedule(batch=128, epochs=1, steps_per_epoch=steps)) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("batch, rate", [(256, 2e-3), (512, 2e-3 * 2**0.5), (1024, 4e-3), (4096, 4e-3)])
+def test_steps_grow_with_the_root_of_the_batch(batch, rate):
+    assert learning_rate(CONFIG, Schedule(batch=batch, epochs=1, steps_per_epoch=10_000)) == pytest.approx(rate)
 
 
 def test_several_members_take_longer_steps_also_where_there_are_many():
