@@ -56,7 +56,7 @@ class Schedule:
         return max(3, self.epochs // 2)
 
 
-def schedule(rows: int, batch: int | None = None, epochs: int | None = None, structured: bool = False, most_steps: int = 3000) -> Schedule:
+def schedule(rows: int, batch: int | None = None, epochs: int | None = None, structured: bool = False) -> Schedule:
     """Sizes from the number of training rows: small batches for small cohorts, a bounded number of steps for large. structured: with
     images, signals or texts, whose steps are dear.
 
@@ -68,6 +68,7 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     batch = batch or (128 if rows < 2_500 else 256 if rows < 50_000 else 1024)
     steps_per_epoch = max(1, rows // batch)
     usual = 30 if rows < 2_500 else 24 if structured else 48
+    most_steps = 3_000 if rows < 50_000 else 5_000  # of one member, which learn from four times the records
     epochs = epochs or min(usual, max(1, most_steps // steps_per_epoch))
     return Schedule(batch, epochs, steps_per_epoch)
 
