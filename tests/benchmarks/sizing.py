@@ -1,10 +1,10 @@
 """How long, on what, and for how much: a table computed from measured figures per record.
 
-    python tests/benchmarks/sizing.py [--price 0.05] [--impute 112] [--fit 650] [--features 256]
+    python tests/benchmarks/sizing.py [--price 0.05] [--impute 112] [--fit 242] [--features 256]
 
 --impute: CPU seconds per million records of --features features, start-up apart: `engine.py FOLDER` prints it (steady state, Ray path).
---fit: CPU seconds per million records of `mmimpute fit`, whole command: of 1,000,000 records 325 s on two threads. It grows no slower
-than with the records: a fit makes 2,000 steps, or one epoch where that is more.
+--fit: CPU seconds per million records and epoch of `mmimpute fit`, whole command: 1,000,000 records took 606 s on two CPUs for five epochs.
+A fit makes 5,000 steps, or one epoch where that is more.
 --price: of one CPU for one hour, in whatever money; a CPU is a hardware thread, as clouds sell them.
 
 What the table assumes and nobody has measured: that time is proportional to records and to features, and that CPUs share the work as two
@@ -18,6 +18,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from mmimpute.training import schedule
+
 START = 11.1  # s to the first published shard (engine.py)
 ACTOR, DRIVER, PLANNED = (
     0.95,
@@ -28,7 +30,7 @@ COHORTS = ((1_000_000, 256, 100, 4), (10_000_000, 256, 1_000, 16), (10_000_000, 
 
 
 class Figures(NamedTuple):
-    """CPU seconds per million records of `features` features; money per CPU and hour."""
+    """CPU seconds per million records of `features` features (fit: and epoch); money per CPU and hour."""
 
     impute: float
     fit: float
@@ -50,14 +52,14 @@ def estimate(rows: int, features: int, shards: int, cpus: int, figures: Figures)
     """cpus: one imputing actor each."""
     work = rows / 1e6 * features / figures.features
     impute = (START + work * figures.impute / min(cpus, shards)) / 3600
-    fit = work * figures.fit / 2 / 3600
+    fit = work * schedule(rows).epochs * figures.fit / 2 / 3600
     memory = cpus * ACTOR + DRIVER + shards * PLANNED
     return Estimate(impute, fit, memory, (cpus * impute + 2 * fit) * figures.price, 3 * shards)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("impute", 112.0), ("fit", 650.0), ("features", 256), ("price", 0.05)):
+    for name, value in (("impute", 112.0), ("fit", 242.0), ("features", 256), ("price", 0.05)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     figures = Figures(**vars(parser.parse_args()))
     table = Table("records", "features", "shards", "CPUs", "impute, h", "fit on two CPUs, h", "memory, GiB", "cost", "requests")
