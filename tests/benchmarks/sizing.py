@@ -4,7 +4,7 @@
 
 --impute: CPU seconds per million records of --features features, start-up apart: `engine.py FOLDER` prints it (steady state, Ray path).
 --fit: CPU seconds per million records and epoch of `mmimpute fit`, whole command: 1,000,000 records took 606 s on two CPUs for five epochs.
-A fit makes 5,000 steps, or one epoch where that is more.
+A fit of as many makes 5,000 steps, or one epoch where that is more.
 --price: of one CPU for one hour, in whatever money; a CPU is a hardware thread, as clouds sell them.
 
 What the table assumes and nobody has measured: that time is proportional to records and to features, and that CPUs share the work as two
