@@ -190,7 +190,7 @@ def impute_table(
     """Imputes the shards that have no enriched version under this model and these settings yet.
 
     Returns {shards, done_before, rows, retries, seconds: {read, model, write, all}, set_aside, metrics (URL of the record of
-    every shard, None where nothing was to do)}; commits nothing.
+    every shard, None where nothing was to do)}; commits nothing. Raises UserError where the model is damaged.
     """
     began = time.perf_counter()
     if settings.head:
@@ -200,6 +200,7 @@ def impute_table(
     done = {"shards": len(found.shards), "done_before": len(found.shards) - len(todo), "rows": 0, "retries": 0, "seconds": seconds}
     found_bad, written = {}, None
     if todo:
+        registry.load(place)  # of a damaged model, or one of another version, Ray would start workers for ever
         with runtime.cluster(cluster), closing(metrics.Record()) as record:
             for number, status in enumerate(impute_shards(place, found.url, todo, output, settings, cluster), 1):
                 if status["error"]:
@@ -360,10 +361,10 @@ def alert_table(model: str, output: str, rules: AlertRules, to: str, on_shard: P
 
 
 def generate_cohort(model: str, output: str, n: int, seed: int, cluster: ClusterSettings, on_shard: Progress = ignore) -> dict:
-    """Writes n synthetic records as shards. Returns {shards, rows}."""
+    """Writes n synthetic records as shards. Returns {shards, rows}. Raises UserError where the model is damaged."""
     from mmimpute.cluster.generate import generate_shards
 
-    place = registry.locate(model)
+    place = registry.load(model).url
     sizes = [min(SHARD_ROWS, n - start) for start in range(0, n, SHARD_ROWS)]
     rows = 0
     with runtime.cluster(cluster):
@@ -376,12 +377,12 @@ def generate_cohort(model: str, output: str, n: int, seed: int, cluster: Cluster
 def retrieve_table(model: str, shards: str, query: str, among: str, k: int, output: str, cluster: ClusterSettings) -> dict:
     """Writes who was found for whom as one Parquet table, by the hash of what it is made from. Returns what `search.retrieve` counts,
 
-    table (its URL) and set_aside. Raises UserError for unknown modalities and as `search.retrieve`.
+    table (its URL) and set_aside. Raises UserError for unknown modalities, a damaged model and as `search.retrieve`.
     """
     from mmimpute.cluster.retrieve import retrieve_among
 
-    place = registry.locate(model)
-    schema = registry.describe(place).cohort
+    loaded = registry.load(model)
+    place, schema = loaded.url, loaded.schema
     names = [m.name for m in schema.modalities]
     for option, name in (("--query", query), ("--among", among)):
         if name not in names:

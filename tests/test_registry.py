@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from mmimpute import registry
+from mmimpute import jobs, registry
 from mmimpute.data import storage
 from mmimpute.errors import UserError
+from mmimpute.spec import ClusterSettings, ImputeSettings
 
 
 @pytest.fixture
@@ -70,6 +71,23 @@ def test_damaged_models_are_refused(damage, home):
     change(directory)
     with pytest.raises(UserError, match=message):
         registry.load(str(home))
+
+
+JOBS = {
+    "impute": lambda home, shards, out: jobs.impute_cohort(home, shards, out, ImputeSettings(), ClusterSettings()),
+    "generate": lambda home, shards, out: jobs.generate_cohort(home, out, 10, 0, ClusterSettings()),
+    "retrieve": lambda home, shards, out: jobs.retrieve_table(home, shards, "labs", "dx", 5, out, ClusterSettings()),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_no_cluster_starts_for_a_damaged_model(job, home, small_cohort, tmp_path, monkeypatch):
+    """Ray would start a worker that cannot load it again and again."""
+    monkeypatch.setattr(jobs.runtime, "cluster", lambda settings: pytest.fail("a cluster was started"))
+    (directory,) = [d for d in home.iterdir() if d.is_dir()]
+    edit(directory, lambda j: j["config"].update(hidden=32))
+    with pytest.raises(UserError, match="a damaged model"):
+        JOBS[job](str(home), small_cohort[0], str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("alias", ['{"digest": "../../etc"}', "[]", "{", '{"digest": 7}'])
