@@ -63,9 +63,13 @@ def ordinal_log_probs(eta: Tensor, cuts: Tensor) -> Tensor:
 
 
 def mean_absolute(centre: Tensor, sd: Tensor) -> Tensor:
-    """E|N(centre, sd^2)|."""
-    ratio = centre / sd
-    return centre * torch.erf(ratio / math.sqrt(2)) + sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * ratio.square())
+    """E|N(centre, sd^2)|: by Euler's theorem, since it is homogeneous of degree one, each argument times the derivative by it. So to
+    autograd these derivatives are constants."""
+    with torch.no_grad():
+        ratio = centre / sd
+        by_centre = torch.erf(ratio / math.sqrt(2))
+        by_sd = math.sqrt(2 / math.pi) * torch.exp(-0.5 * ratio.square())
+    return centre * by_centre + sd * by_sd
 
 
 def moment_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
@@ -217,7 +221,7 @@ class Likelihoods(nn.Module):
         device = target_BD.device
         order = torch.randperm(count, generator=generator, device=device)
         sign_F = 2.0 * torch.randint(0, 2, (count,), generator=generator, device=device) - 1
-        paired = lambda t: (t[..., order], t[..., order.roll(1)])  # noqa: E731
+        paired = lambda t: ((shuffled := t.index_select(-1, order)), shuffled.roll(1, -1))  # noqa: E731
         first, second = paired(self._of_kind(target_BD, "real"))
         seen_BF = torch.logical_and(*paired(self._of_kind(seen_BD, "real")))
         mean_first, mean_second = paired(heads["real"][..., 0])

@@ -242,7 +242,8 @@ class MultiModalVAE(nn.Module):
         log_prob_ERD = likelihood.log_prob(likelihood.heads(raw_R), target_BD[:some])
         heads = likelihood.heads(raw_H.unflatten(1, (draws, rows)).transpose(0, 1))
         weight = 0.0 if self.config.modalities[j].structured else self.config.pair_weight  # of pixels L_elbo does it, and cheaper
-        score_EH, impute_EH = self._hidden_terms(likelihood, heads, target_BD[rows_H], inputs.observed[j][rows_H], weight, generator)
+        truth = (t.index_select(0, rows_H) for t in (target_BD, inputs.observed[j]))
+        score_EH, impute_EH = self._hidden_terms(likelihood, heads, *truth, weight, generator)
         adversarial_EH = self._adversary(j, heads, inputs, z0_SEHL[0], rows_H, warmth, generator)
         shown = (log_prob_ERD * seen_RD).sum(-1), kl(posterior_R, prior_R) * inputs.present_BK[:some, j]
         return (impute_EH, score_EH, adversarial_EH), shown

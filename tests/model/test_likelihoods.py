@@ -52,6 +52,13 @@ def test_expected_absolute_value_of_a_gaussian():
         assert mean_absolute(torch.tensor(centre), torch.tensor(sd)).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_gradient_of_the_expected_absolute_value_is_true():
+    centre, sd = torch.tensor([[-2.0, 0.0, 1.3], [0.4, 1.0, 3.0]], dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(mean_absolute, (centre, sd))
+    mean_S, sd_S = torch.randn(2, 4, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda m, s: moment_crps(centre.detach(), m, s.exp()), (mean_S.requires_grad_(), sd_S.requires_grad_()))
+
+
 def test_moment_crps_is_that_of_the_whole_mixture():
     """Components N(0.8 e, 0.5^2), e ~ N(0, 1): the mixture is Gaussian and its CRPS is known."""
     x, repeats = torch.tensor(0.7), 10_000

@@ -5,7 +5,7 @@ import torch
 from cohorts import mixed_model, mixed_values
 
 from mmimpute.model import networks
-from mmimpute.model.networks import ROUND, fast_products, rounded
+from mmimpute.model.networks import ROUND, Dropout, fast_products, rounded
 
 
 @pytest.mark.parametrize("count", [0, 1, ROUND - 1, ROUND, ROUND + 1])
@@ -35,3 +35,19 @@ def test_products_are_fast_in_their_block_only():
         assert products.fp32_precision == "bf16"
         raise RuntimeError
     assert products.fp32_precision == before != "bf16"
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.4])
+def test_dropout_drops_its_share_and_keeps_the_expectation(probability):
+    torch.manual_seed(0)
+    x = torch.ones(3, 333, 101, requires_grad=True)  # no multiple of the eight values that share a random number
+    out = Dropout(probability)(x)
+    assert (out == 0).float().mean().item() == pytest.approx(probability, abs=0.004)
+    assert out.mean().item() == pytest.approx(1, abs=0.006)
+    columns = (out == 0).flatten(1).float()
+    assert columns.corrcoef().fill_diagonal_(0).abs().max() < 0.02
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+    torch.manual_seed(0)
+    torch.testing.assert_close(Dropout(probability)(x), out)
+    assert Dropout(probability).eval()(x) is x and Dropout(0.0)(x) is x
