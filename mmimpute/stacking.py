@@ -26,7 +26,7 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
                  code counted by its rarer value (4 n p (1 - p)): eicu .1393 -> .1388, half-missing .0765 -> .0755, tcga .1200 -> .1194
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,6 +36,7 @@ from mmimpute.denoising import fit_diffusion
 from mmimpute.model import stack as stacks
 from mmimpute.model.additive import Regression
 from mmimpute.model.blocks import block_scales
+from mmimpute.model.config import ModelConfig
 from mmimpute.model.diffusion import diffused
 from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
@@ -89,18 +90,37 @@ class Assembly:
         return masks
 
 
-def assemble(vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor, threads: int = 1) -> Imputer:
+def assemble(
+    vae: MultiModalVAE,
+    x: Sequence[Tensor],
+    observed: Sequence[Tensor],
+    fold_N: Tensor,
+    threads: int = 1,
+    others: Mapping[str, Tensor] | None = None,
+) -> Imputer:
     """The whole model: x and observed are K of (N, D_j), fold_N says which member has not seen a record. Images, signals and
-    texts are the VAE's alone. threads: modalities fitted at a time."""
+    texts are the VAE's alone. threads: modalities fitted at a time. others: what `fit_others` made of the same records, if it has.
+    """
     data = Assembly(vae.eval(), x, observed, fold_N, threads)
     fit_prior(data)
     if data.imputer.diffusion is not None:
         fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
     if data.modalities:
-        fit_gaussian(data)
-        fit_additive(data)
+        data.imputer.load_state_dict(fit_others(data) if others is None else others, strict=False)
         fit_stack(data)
     return data.imputer
+
+
+def early(config: ModelConfig) -> bool:
+    """Whether `fit_others` needs no trained VAE: it takes how far to believe noisy modalities from it."""
+    return not any(m.noise for m in config.modalities) and not all(m.structured for m in config.modalities)
+
+
+def fit_others(data: Assembly) -> dict[str, Tensor]:
+    """The state of the experts beside the VAE, of which nothing trained is used if `early`."""
+    fit_gaussian(data)
+    fit_additive(data)
+    return {name: t for name, t in data.imputer.state_dict().items() if name.startswith(("gaussian.", "additive."))}
 
 
 @torch.no_grad()

@@ -153,3 +153,18 @@ def test_importing_the_command_line_is_light():
     code = "import sys, mmimpute.cli; print([m for m in ('torch', 'ray', 'prefect', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["mmimpute.retraining", "mmimpute.estimator"])
+def test_threads_are_told_to_wait_passively_before_torch_is_loaded(module):
+    """Beside one busy process spinning threads made a prediction take 36 times as long."""
+    code = f"""
+import os, sys
+class Told:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Told)
+import {module}"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split() == ["PASSIVE"]

@@ -38,7 +38,7 @@ from mmimpute.model.imputer import Imputer
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
-from mmimpute.stacking import assemble
+from mmimpute.stacking import Assembly, assemble, early, fit_others
 from mmimpute.training import OptimiserSettings, Schedule, Training, keeps, learning_rate, schedule, summarise
 
 STATE = "state.pt"
@@ -258,8 +258,11 @@ def train_loop(loop: dict[str, Any]) -> None:
     data = RankRecords(train.get_dataset_shard("train"), device, share, training.model.config.members)
     tune = data.judges(MOST_TUNED)
     reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None, loop["checkpoint_seconds"])
+    others = None
     if best["stopped"]:
         reporter.report({}, last=True)
+    elif reporter.queue is not None and early(training.model.config):
+        others = _fit_others.remote(loop, *data.sample(), context.get_local_world_size())
     while not best["stopped"]:
         epoch, began = len(best["history"]), time.perf_counter()
         seed = loop["settings"]["seed"] * 100_003 + epoch
@@ -273,8 +276,21 @@ def train_loop(loop: dict[str, Any]) -> None:
         record |= {f"tune_{name}": value for name, value in tuned.items()}
         _judge(best, record, training, loop["patience"], plan)
         if best["stopped"] and reporter.queue is not None:
-            _assemble(best, training, data.sample(), loop["widths"])
+            _assemble(best, training, data.sample(), loop["widths"], others)
         reporter.report(record, last=best["stopped"])
+
+
+@ray.remote(num_cpus=0)
+def _fit_others(loop: dict[str, Any], x_ND: torch.Tensor, fold_N: torch.Tensor, ranks: int) -> dict[str, torch.Tensor]:
+    """The experts beside the VAE, on cores that training leaves free; see `stacking.fit_others`."""
+    torch.set_num_threads(1)
+    values, masks, folds, *_ = _batch(x_ND, fold_N, loop["widths"])
+    return fit_others(Assembly(MultiModalVAE(*_sizes(loop)).eval(), values, masks, folds, _threads(ranks)))
+
+
+def _threads(busy: int = 0) -> int:
+    """That fit other experts and the stack on a host of which so many cores are busy."""
+    return min(MOST_THREADS, max(1, (os.cpu_count() or 1) - busy))
 
 
 def _batch(x: torch.Tensor, folds: torch.Tensor, widths: list[int]) -> tuple:
@@ -286,8 +302,7 @@ def _batch(x: torch.Tensor, folds: torch.Tensor, widths: list[int]) -> tuple:
 
 def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[str, Any]]:
     torch.manual_seed(loop["settings"]["seed"])  # equal weights on every rank before DDP broadcasts them
-    statistics = {name: FeatureStatistics(**arrays) for name, arrays in loop["statistics"].items()}
-    config, terms = ModelConfig.from_dict(loop["config"]), loop["contrast"]
+    (config, statistics), terms = _sizes(loop), loop["contrast"]
     model = ContrastiveVAE(config, statistics, ContrastConfig(**terms)) if terms else MultiModalVAE(config, statistics)
     model = model.to(get_device())
     if loop["start"]:
@@ -296,6 +311,10 @@ def _prepare(loop: dict[str, Any], rank: int) -> tuple[Training, Schedule, dict[
     settings = OptimiserSettings(**loop["settings"])
     training = Training(model, settings, plan.total_steps, lambda m: prepare_model(m, move_to_device=False), rank)
     return training, plan, {"loss": math.inf, "epoch": 0, "weights": {}, "history": [], "scores": {}, "stopped": False}
+
+
+def _sizes(loop: dict[str, Any]) -> tuple[ModelConfig, dict[str, FeatureStatistics]]:
+    return ModelConfig.from_dict(loop["config"]), {name: FeatureStatistics(**arrays) for name, arrays in loop["statistics"].items()}
 
 
 def _all_reduce(sums: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -320,13 +339,19 @@ def _weights(training: Training) -> dict[str, torch.Tensor]:
     return {name: t.detach().cpu().clone() for name, t in training.average.state_dict().items()}
 
 
-def _assemble(best: dict[str, Any], training: Training, sample: tuple[torch.Tensor, torch.Tensor], widths: list[int]) -> None:
-    """The whole model around the trained VAE, from rank 0's records: its weights take the place of the VAE's."""
+def _assemble(
+    best: dict[str, Any],
+    training: Training,
+    sample: tuple[torch.Tensor, torch.Tensor],
+    widths: list[int],
+    others: ray.ObjectRef | None,
+) -> None:
+    """The whole model around the trained VAE, from rank 0's records: its weights take the place of the VAE's. others: of `_fit_others`."""
     x, folds = sample[0][:, : sum(widths)], sample[1]
     training.average.load_state_dict(best["weights"])
     average = training.average.cpu()
     vae = average.plain() if isinstance(average, ContrastiveVAE) else average
-    imputer = assemble(vae, *split(x, widths), folds, threads=min(MOST_THREADS, os.cpu_count() or 1))
+    imputer = assemble(vae, *split(x, widths), folds, _threads(), None if others is None else ray.get(others))
     best["weights"] = {name: t.detach().contiguous() for name, t in imputer.state_dict().items()}
     judged = scoring.some(folds.numpy(), np.arange(len(x)))
     names = [m.name for m in imputer.config.modalities]

@@ -16,9 +16,6 @@ for _name, _value in {
     "RAY_DATA_PARQUET_READER_IO_THREAD_COUNT": "4",
     # A worker's report waits for the next poll of its controller: 2 s by default, 59 of a small fit's 84 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Threads that spin while they wait take the core from those that they wait for: with one of two cores busy a
-    # training step took 501 ms in two spinning threads, 90 in two passive ones, 85 in a single one.
-    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ core warns on the console about its own libraries
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }.items():

@@ -11,6 +11,7 @@ TAILS = ("gaussian", "student")
 FORMS = {"vector": 0, "image": 3, "signal": 2, "text": 1}  # and the dimensions of their shape
 MOST_LEVELS = 1 << 16  # of a feature, or words of a text: far more than anybody has, and few enough for any memory
 MOST_MEMBERS = 32
+MOST_LAYERS = 32
 DECODERS = ("likelihood", "adversarial", "diffusion")
 
 
@@ -103,6 +104,7 @@ class ModelConfig:
     members: int = 1  # trained side by side, each without its own fold; 1 with images, signals or texts, whose networks are for one
     shared: int = 64  # size of z0
     hidden: int = 256  # width of the trunk of q(z0 | x)
+    layers: int = 2  # hidden ones, of the trunk
     decoder: int = 128  # width of the private encoders and decoders
     dropout: float = 0.2  # of the trunk; the decoders have the noise of their latents
     piecewise_limit: int = 64  # modalities up to this width get the piecewise-linear encoding
@@ -121,6 +123,8 @@ class ModelConfig:
             raise ValueError(f"expected at least one modality, with different names; found {names}")
         if self.impute_draws < 4 or self.impute_draws % 2:
             raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+        if not 1 <= self.layers <= MOST_LAYERS:
+            raise ValueError(f"layers is {self.layers}, expected 1 to {MOST_LAYERS}")
         if not 1 <= self.members <= MOST_MEMBERS:
             raise ValueError(f"members is {self.members}, expected 1 to {MOST_MEMBERS}")
         if self.members > 1 and self.structured:

@@ -10,6 +10,7 @@ F some features.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -169,23 +170,17 @@ class SharedEncoder(nn.Module):
         super().__init__()
         members, inputs = config.members, width + len(config.modalities)
         self.pattern = config.pattern
-        self.trunk = nn.Sequential(
-            Linear(members, inputs, config.hidden),
-            nn.SiLU(),
-            Dropout(config.dropout),
-            Linear(members, config.hidden, config.hidden),
-            nn.SiLU(),
-            Dropout(config.dropout),
-            Linear(members, config.hidden, 2 * config.shared),
-        )
+        sizes = [inputs, *[config.hidden] * config.layers]
+        hidden = [layer for i, o in pairwise(sizes) for layer in (Linear(members, i, o), nn.SiLU(), Dropout(config.dropout))]
+        self.trunk = nn.Sequential(*hidden, Linear(members, config.hidden, 2 * config.shared))
         self.skip = Linear(members, inputs, config.shared, bias=False)
         self._start(config.shared)
 
     def _start(self, shared: int) -> None:
         """z0's means spread widely over records, and are certain: a bottleneck that lets pass from the first step."""
-        hidden, last = self.trunk[3], self.trunk[6]
-        keep_scale(hidden)
-        keep_scale(last)
+        _, *later, last = (layer for layer in self.trunk if isinstance(layer, Linear))
+        for layer in [*later, last]:
+            keep_scale(layer)
         nn.init.normal_(last.weight[..., shared:], std=0.01)
         nn.init.constant_(last.bias[..., shared:], CERTAIN)
         nn.init.zeros_(self.skip.weight)

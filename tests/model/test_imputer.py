@@ -9,7 +9,7 @@ from cohorts import CONFIG, linked, masks, mixed_model, mixed_values
 
 from mmimpute.model import FeatureStatistics, Imputer, ModalityConfig, ModelConfig, MultiModalVAE, imputer
 from mmimpute.model.stack import EXPERTS
-from mmimpute.stacking import assemble
+from mmimpute.stacking import Assembly, assemble, early, fit_others
 
 MEMBERS, ROWS, NEW, DRAWS = 3, 120, 40, 2000
 LEVEL = 0.9
@@ -297,3 +297,19 @@ def test_a_cohort_of_one_modality_fills_its_gaps():
     found = model.predict([torch.where(observed[0], x[0], 0.0)], observed)
     assert torch.equal(found.mean[0][observed[0]], x[0][observed[0]])
     assert float((found.mean[0] - x[0])[~observed[0]].square().mean()) < 0.5 * float(x[0].var())
+
+
+def test_other_experts_take_nothing_trained_from_the_vae():
+    """So that they can be fitted while it is being trained."""
+    x, fold = linked(mixed_values(ROWS)), torch.arange(ROWS) % MEMBERS
+    trained, other = mixed_model(members=MEMBERS), mixed_model(members=MEMBERS)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    assert early(other.config)
+    others = fit_others(Assembly(other.eval(), x, masks(x), fold))
+    expected = assemble(trained, x, masks(x), fold).state_dict()
+    found = assemble(trained, x, masks(x), fold, others=others).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
