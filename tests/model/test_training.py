@@ -9,7 +9,8 @@ import pytest
 import torch
 from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statistics
 
-from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE
+from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
+from mmimpute.model.config import MOST_LAYERS
 from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, learning_rate, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
@@ -108,11 +109,23 @@ def test_small_cohorts_lean_on_the_generative_model():
     assert large == ModelConfig(CONFIG.modalities, shared=8)
 
 
-def test_many_records_bear_a_wider_trunk():
-    usual, many = (ModelConfig.for_rows(CONFIG.modalities, rows) for rows in (49_999, 50_000))
-    assert many.hidden > usual.hidden and many.dropout < usual.dropout
+def test_the_trunk_is_as_deep_as_is_said():
+    modalities = CONFIG.modalities
+    blank = {m.name: FeatureStatistics.blank(m.width) for m in modalities}
+    deep, usual = (MultiModalVAE(ModelConfig(modalities, layers=n, members=2), blank) for n in (3, 2))
+    added = sum(p.numel() for p in deep.parameters()) - sum(p.numel() for p in usual.parameters())
+    assert added == 2 * (256 * 256 + 256)
+    for layers in (0, MOST_LAYERS + 1):
+        with pytest.raises(ValueError, match="layers"):
+            ModelConfig(modalities, layers=layers)
+
+
+def test_many_records_bear_a_wider_trunk_and_most_a_deeper_one():
+    usual, many, most = (ModelConfig.for_rows(CONFIG.modalities, rows) for rows in (49_999, 50_000, 500_000))
+    assert many.hidden > usual.hidden and many.dropout < usual.dropout and many.layers == usual.layers
+    assert most.hidden == many.hidden and most.layers > many.layers and most.dropout == 0
     image = (ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),)
-    assert ModelConfig.for_rows(image, 50_000) == ModelConfig.for_rows(image, 49_999)
+    assert ModelConfig.for_rows(image, 500_000) == ModelConfig.for_rows(image, 49_999)
 
 
 def test_fit_keeps_the_best_average():
