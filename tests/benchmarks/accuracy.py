@@ -4,7 +4,8 @@
 
 BENCH holds cohorts.py, score.py and, where peers were scored, results/<cohort>_<dropped>.json; the source files are in BENCH/../data.
 Prints, per setting, the skill per modality beside the best single peer's, the shares of real values inside mean +- 1.645 std and inside the
-conformal 90% interval, ECE, seconds, and how many records a second one thread predicts.
+conformal 90% interval, ECE and what it would be by chance alone if all predicted probabilities were true, seconds, and how many records a
+second one thread predicts.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import mmimpute
 from mmimpute import registry
 from mmimpute.data.arrow import decode, flat
 from mmimpute.data.tensors import to_model
+from mmimpute.evaluation import reliability
 
 MMIMPUTE = [sys.executable, "-m", "mmimpute.cli"]
 
@@ -45,24 +47,35 @@ def measure(bench: Path, cohort: str, dropped: str, folder: Path) -> dict:
         ),
     }
     command(sys.executable, bench / "score.py", folder, folder / "enriched", "--json", folder / "result.json")
-    own = {"seconds": seconds, "inside": inside(folder), "per_second": per_second(folder)}
+    own = {"seconds": seconds, "per_second": per_second(folder)} | beside(folder)
     return json.loads((folder / "result.json").read_text()) | own
 
 
-def inside(folder: Path) -> dict[str, float | None]:
-    """The share of hidden real values of each modality inside their conformal interval."""
+def beside(folder: Path) -> dict[str, dict[str, float | None]]:
+    """What the scorer does not tell of each modality: the share of hidden real values `inside` their conformal interval, and the ECE that
+    `chance` alone makes of the codes that it counts, those of 2% or more."""
     modalities = json.loads((folder / "cohort.json").read_text())["modalities"]
     enriched, truth = mmimpute.read(str(folder / "enriched"), completed=False, kind="arrow"), pq.read_table(folder / "truth.parquet")
     enriched = enriched.take(pc.index_in(truth["subject_id"], enriched["subject_id"]))
-    return {m: _inside(truth["value"], enriched, pc.equal(truth["target"], m), m, spec["kinds"]) for m, spec in modalities.items()}
+    found = {"inside": {}, "chance": {}}
+    for m, spec in modalities.items():
+        hidden, real_D = pc.equal(truth["target"], m), np.array(spec["kinds"]) == "real"
+        columns = (truth["value"], *(enriched[f"{m}__{name}"] for name in ("imputed", "lower", "upper")))
+        value, said, low, high = (np.array(c.filter(hidden).to_pylist(), float).reshape(-1, len(real_D)) for c in columns)
+        known = ~np.isnan(value)
+        inside = ((low <= value) & (value <= high))[known & real_D]
+        frequent_D = np.array([0.02 <= column[k].mean() < 1 if k.any() else False for column, k in zip(value.T, known.T, strict=True)])
+        found["inside"][m] = float(inside.mean()) if inside.size else None
+        found["chance"][m] = chance_ece(said[known & frequent_D & ~real_D])
+    return found
 
 
-def _inside(truth: pa.ChunkedArray, enriched: pa.Table, hidden: pa.ChunkedArray, modality: str, kinds: list[str]) -> float | None:
-    real_D = np.array(kinds) == "real"
-    columns = (truth, enriched[f"{modality}__lower"], enriched[f"{modality}__upper"])
-    value, low, high = (np.array(c.filter(hidden).to_pylist(), float)[:, real_D] for c in columns)
-    known = ~np.isnan(value)
-    return float(((low <= value) & (value <= high))[known].mean()) if known.any() else None
+def chance_ece(said: np.ndarray) -> float | None:
+    """The mean ECE of outcomes drawn with just these probabilities."""
+    if not said.size:
+        return None
+    draw = np.random.default_rng(0)
+    return float(np.mean([reliability((draw.random(said.shape) < said).astype(float), said)["ece"] for _ in range(100)]))
 
 
 def per_second(folder: Path) -> float:
@@ -92,13 +105,14 @@ def command(*arguments) -> float:
 def show(console: Console, cohort: str, dropped: str, result: dict, peers: dict) -> None:
     """A table; peers: name -> the scorer's result, none where nobody scored them."""
     at = lambda m: ((p["modalities"][m]["skill"], name) for name, p in peers.items() if m in p["modalities"])  # noqa: E731
-    table = Table("modality", "ours", "best single peer", "inside 1.645 std", "conformal", "ECE", title=f"{cohort} {dropped}")
+    table = Table("modality", "ours", "best single peer", "inside 1.645 std", "conformal", "ECE", "by chance", title=f"{cohort} {dropped}")
     for name, m in result["modalities"].items():
         covered, error = m.get("real", {}).get("cover90"), m.get("binary", {}).get("ece")
-        told = ("-" if figure is None else f"{figure:.3f}" for figure in (covered, result["inside"][name], error))
+        figures = (covered, result["inside"][name], error, error and result["chance"][name])
+        told = ("-" if figure is None else f"{figure:.3f}" for figure in figures)
         table.add_row(name, f"{m['skill']:.3f}", _best(at(name)), *told)
     overall = _best((p["overall"], name) for name, p in peers.items() if len(p["modalities"]) == len(result["modalities"]))
-    table.add_row("overall", f"{result['overall']:.4f}", overall, "", "", "")
+    table.add_row("overall", f"{result['overall']:.4f}", overall, "", "", "", "")
     seconds = result["seconds"]
     told = f"fit {seconds['fit']:.0f} s, impute {seconds['impute']:.0f} s (whole commands); {result['per_second']:,.0f} records a second"
     console.print(table, told)
