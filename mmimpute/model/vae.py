@@ -60,9 +60,9 @@ class Latents:
     noise_S11L: Tensor
 
 
-def _placed(values_EH: Tensor, rows_H: Tensor, batch: int) -> Tensor:
-    """Values of some records among those of all, (E, B), the others' being 0."""
-    return values_EH.new_zeros(len(values_EH), batch).index_add(1, rows_H, values_EH)
+def _placed(terms_TEH: Tensor, rows_H: Tensor, batch: int) -> Tensor:
+    """Terms of some records among those of all, (T, E, B), the others' being 0."""
+    return terms_TEH.new_zeros(*terms_TEH.shape[:2], batch).index_add(2, rows_H, terms_TEH)
 
 
 def _code(modality: ModalityConfig, config: ModelConfig) -> nn.Module:
@@ -182,7 +182,7 @@ class MultiModalVAE(nn.Module):
             # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
             z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
             hidden_terms, shown_terms = self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, elbo_scale, generator)
-            columns.append((*shown_terms, *(_placed(t_EH[:, : len(hidden_H)], hidden_H, batch) for t_EH in hidden_terms)))
+            columns.append((*shown_terms, *_placed(torch.stack(hidden_terms)[..., : len(hidden_H)], hidden_H, batch)))
         reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK, adversarial_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
         terms = LossTerms(
