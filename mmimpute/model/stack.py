@@ -31,6 +31,7 @@ GAP, WHOLE = 0, 1
 LOG_SCALE = (-6.0, 3.0)
 PENALTY = 30.0  # of deviations from the modality's common weights, in records
 COMMON_PENALTY = 1e-3
+VAE_PENALTY = 7.0  # in records; see _prior
 ETA_PENALTY = 3.0  # in records
 STEPS = 40  # of L-BFGS
 COMMON = ("weight", "kappa", "gamma", "eta")
@@ -180,12 +181,12 @@ def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> No
     for e in range(members):
         rows = (target.fold_N != e if members > 1 else target.fold_N >= 0).nonzero().squeeze(1)
         first = {name: t[e : e + 1].clone() for name, t in stack.of(mode).items()}
-        last = _fit_member(first, beliefs.rows(rows), target.rows(rows))
+        last = _fit_member(first, _prior(mode, first["shift"].shape[1], len(rows)), beliefs.rows(rows), target.rows(rows))
         for name, t in stack.named_buffers():
             t[e : e + 1, mode] = last[name.rsplit("_", 1)[0]]
 
 
-def _fit_member(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target) -> dict[str, Tensor]:
+def _fit_member(parameters: dict[str, Tensor], prior: tuple[Tensor, float], beliefs: Beliefs, target: Target) -> dict[str, Tensor]:
     """One member's parameters (E = 1) from the records that it may see."""
     width = len(target.live_D)
     scored_END = (target.scored_ND & target.live_D)[None]
@@ -199,7 +200,7 @@ def _fit_member(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target)
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
     some = {name: t if name in (*COMMON, "usual") else t[..., chosen] for name, t in parameters.items()}
     own = ("shift",) if width > WIDE else ("delta", "offset", "shift")
-    _minimise(some, (*COMMON, *own), beliefs.part(chosen), target.part(chosen), scored_END[..., chosen])
+    _minimise(some, (*COMMON, *own), prior, beliefs.part(chosen), target.part(chosen), scored_END[..., chosen])
     for name in COMMON:
         parameters[name] = some[name]
     for name in own:
@@ -209,8 +210,26 @@ def _fit_member(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target)
     return parameters
 
 
-def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beliefs, target: Target, scored_END: Tensor) -> None:
-    """Replaces the named parameters by those of the least penalised score."""
+def _prior(mode: int, width: int, records: int) -> tuple[Tensor, float]:
+    """Weights to which the fitted ones are drawn, (M,), and how strongly.
+
+    Where a whole modality is missing, to the VAE: out of fold there is one member's, and its own errors, which are the mean of five in use,
+    cost it weight. Gaps are the Gaussian's, and omics the linear experts'. stacking.py has what each gains.
+    """
+    if mode == GAP or width > WIDE:
+        return torch.full((len(EXPERTS),), 1 / len(EXPERTS)), COMMON_PENALTY
+    return torch.tensor([float(name == "vae") for name in EXPERTS]), VAE_PENALTY / max(1, records)
+
+
+def _minimise(
+    parameters: dict[str, Tensor],
+    names: Sequence[str],
+    prior: tuple[Tensor, float],
+    beliefs: Beliefs,
+    target: Target,
+    scored_END: Tensor,
+) -> None:
+    """Replaces the named parameters by those of the least penalised score. prior: of the weights."""
     least, best = math.inf, {name: parameters[name] for name in names}
     free = {name: t.clone().requires_grad_() for name, t in best.items()}
     parameters |= free
@@ -225,8 +244,9 @@ def _minimise(parameters: dict[str, Tensor], names: Sequence[str], beliefs: Beli
         value = ((score_END * scored_END).sum(1) * share_ED).sum()
         own_ED = parameters["delta"].square().sum(1) + 0.25 * (parameters["offset"].square() + parameters["shift"].square())
         value = value + (PENALTY / count_ED / features * own_ED).sum()
-        common = (free["weight"] - 1 / len(EXPERTS)).square().sum() + (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
+        common = (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
         value = value + COMMON_PENALTY * common + ETA_PENALTY / len(beliefs.others_B) * free["eta"].square().sum()
+        value = value + prior[1] * (free["weight"] - prior[0]).square().sum()
         value.backward()
         if value.item() < least:  # at the optimum, in float32, the line search may step to NaN
             least, best = value.item(), {name: t.detach().clone() for name, t in free.items()}
