@@ -26,7 +26,8 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
                  .2398 -> .2400; eicu .1393 -> .1398, 0.5 .0764 -> .0792; pbcseq .1562 -> .1566, 0.5 .1147 -> .1177; tcga .1730 -> .1737,
                  0.5 .1203 -> .1187 (of clinical and mut). 5 and 10 records: eicu 0.5 .0789 .0794, tcga 0.5 .1194 .1178. Mean weights of VAE
                  and additive expert: nhanes .45 .47 -> .59 .35, 0.5 .34 .45 -> .51 .31; eicu .27 .56 -> .49 .35, 0.5 .12 .67 -> .41 .28.
-                 Not where it loses: tcga's wide modalities .1730 -> .1716, 0.5 .1203 -> .1169, gaps nhanes .3783 -> .3778, eicu .1856 -> .1840
+                 Not where it loses: in wide modalities (tcga .1730 -> .1716, 0.5 .1203 -> .1169) and in gaps (nhanes .3783 -> .3778, eicu
+                 .1856 -> .1840)
     PENALTY:     30 records .0686, 120 .0668, 400 .0666 (tcga 0.5); COMMON_PENALTY 1e-3 -> 1e-2 loses .001; records of a
                  code counted by its rarer value (4 n p (1 - p)): eicu .1393 -> .1388, half-missing .0765 -> .0755, tcga .1200 -> .1194
 """
