@@ -31,7 +31,7 @@ GAP, WHOLE = 0, 1
 LOG_SCALE = (-6.0, 3.0)
 PENALTY = 30.0  # of deviations from the modality's common weights, in records
 COMMON_PENALTY = 1e-3
-VAE_PENALTY = 7.0  # in records; see _prior
+VAE_PENALTY = 7.0  # of weights other than the VAE alone, in records
 ETA_PENALTY = 3.0  # in records
 STEPS = 40  # of L-BFGS
 COMMON = ("weight", "kappa", "gamma", "eta")
@@ -170,18 +170,21 @@ class Target:
         return torch.where(self.real_D, numbers, codes)
 
 
-def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target) -> None:
+def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target, generative: bool = False) -> None:
     """Fits the stacks of all members for one kind of missingness to out-of-fold beliefs (M, 1, N, D).
 
     Minimises the scoring rule, mean over features, plus penalties that fade with the number of records: L-BFGS from equal
     weights. Member e's stack sees no record of fold e, unless there is one member only. The common weights of a wide
     modality come from SAMPLE of its features; each of the others gets its own scale, in closed form.
+
+    generative: weights are drawn to the VAE alone, not to equal ones. Out of fold there is one member's, and its own errors, which are the
+    mean of five in use, cost it weight.
     """
     members = len(stack.kappa_EG)
     for e in range(members):
         rows = (target.fold_N != e if members > 1 else target.fold_N >= 0).nonzero().squeeze(1)
         first = {name: t[e : e + 1].clone() for name, t in stack.of(mode).items()}
-        last = _fit_member(first, _prior(mode, first["shift"].shape[1], len(rows)), beliefs.rows(rows), target.rows(rows))
+        last = _fit_member(first, _prior(generative, len(rows)), beliefs.rows(rows), target.rows(rows))
         for name, t in stack.named_buffers():
             t[e : e + 1, mode] = last[name.rsplit("_", 1)[0]]
 
@@ -210,13 +213,9 @@ def _fit_member(parameters: dict[str, Tensor], prior: tuple[Tensor, float], beli
     return parameters
 
 
-def _prior(mode: int, width: int, records: int) -> tuple[Tensor, float]:
-    """Weights to which the fitted ones are drawn, (M,), and how strongly.
-
-    Where a whole modality is missing, to the VAE: out of fold there is one member's, and its own errors, which are the mean of five in use,
-    cost it weight. Gaps are the Gaussian's, and omics the linear experts'. stacking.py has what each gains.
-    """
-    if mode == GAP or width > WIDE:
+def _prior(generative: bool, records: int) -> tuple[Tensor, float]:
+    """Weights to which the fitted ones are drawn, (M,), and how strongly."""
+    if not generative:
         return torch.full((len(EXPERTS),), 1 / len(EXPERTS)), COMMON_PENALTY
     return torch.tensor([float(name == "vae") for name in EXPERTS]), VAE_PENALTY / max(1, records)
 

@@ -64,13 +64,13 @@ def test_the_weight_goes_to_the_perfect_expert(perfect, binary):
     torch.testing.assert_close(weight_EMD, expected, rtol=0, atol=0.2 if binary else 0.01)
 
 
-@pytest.mark.parametrize(("mode", "width", "leads"), [(WHOLE, 4, True), (GAP, 4, False), (WHOLE, WIDE + 10, False)])
-def test_where_experts_say_the_same_the_vae_has_the_weight_of_a_missing_modality(mode, width, leads):
-    known = torch.randn(400, width)
-    stack = ModalityStack(2, width)
-    fit(stack, mode, beliefs(known, known, known), truth(known + 0.3 * torch.randn(400, width), folds=2))
-    found = stack.weight_EGM[:, mode].mean(0)
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0] if leads else [1 / 3] * 3), rtol=0, atol=0.05)
+@pytest.mark.parametrize("generative", [True, False])
+def test_where_experts_say_the_same_the_prior_gives_the_weights(generative):
+    known = torch.randn(400, 4)
+    stack = ModalityStack(2, 4)
+    fit(stack, WHOLE, beliefs(known, known, known), truth(known + 0.3 * torch.randn(400, 4), folds=2), generative)
+    found = stack.weight_EGM[:, WHOLE].mean(0)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0] if generative else [1 / 3] * 3), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("width", [4, WIDE + 10])
