@@ -145,10 +145,10 @@ class ModelConfig:
         dropout .2, rate 2e-3 .0177; without dropout .0174; and rate 4e-3 .0149; and 512 wide .0126, 1,024 wide (3e-3) .0113 in 1.7 times
         the time; 512 wide with dropout .1 .0136, 3,000 steps .0123 (without dropout 4,000 steps fit too much: .0131). One member's skill
         on 20% of 50,000 people of diabetes130, 2,000 steps: .2107 as at first; 512 wide at 4e-3 .2070, .2128, .2120 with dropout 0, .1,
-        .2; 1,024 wide .2110. Where no record comes back often there is nothing to fit too much: 1,000,000 simulated records, 3,000 steps:
-        512 wide with dropout .1 .0137; without .0119; and 3 hidden layers .0086, 4 .0088, 3 at rate 6e-3 .0088 (a residual block as the third:
-        worse after 2,000 steps); squared errors in the place of the CRPS .0096, with 3 layers .0091. But 3 layers on diabetes130 .2128 ->
-        .2094, and on nhanes (five members) .2754 -> .2749.
+        .2; 1,024 wide .2110. Where no record comes back often there is nothing to fit too much: 1,000,000 simulated records,
+        3,000 steps: 512 wide with dropout .1 .0137; without .0119; and 3 hidden layers .0086, 4 .0088, 3 at rate 6e-3 .0088 (a residual block
+        as the third: worse after 2,000 steps); squared errors in the place of the CRPS .0096, with 3 layers .0091. But 3 layers on
+        diabetes130 .2128 -> .2094, and on nhanes (five members) .2754 -> .2749.
         """
         structured = any(m.structured for m in modalities)
         small = {"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}
