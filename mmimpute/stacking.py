@@ -113,7 +113,10 @@ def assemble(
     if data.imputer.diffusion is not None:
         fit_diffusion(data.imputer.diffusion, vae, data.inputs, fold_N)
     if data.modalities:
-        data.imputer.load_state_dict(fit_others(data) if others is None else others, strict=False)
+        if others is None:
+            fit_others(data)
+        else:
+            data.imputer.load_state_dict(others, strict=False)
         fit_stack(data)
     return data.imputer
 

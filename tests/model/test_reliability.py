@@ -73,8 +73,7 @@ def test_reliability_is_the_share_of_signal(models, sd):
 def test_what_is_predicted_follows_noise_only_without_it(models):
     alone = error(models["robust"], 0.0, without_a=True)
     assert error(models["robust"], 4.0) < alone + 0.01  # about what b alone is worth
-    # It was .5 before the stack leant more on the VAE, whose inputs are clipped, than on the Gaussian, whose are not.
-    assert error(models["plain"], 4.0) > alone + 0.4
+    assert error(models["plain"], 4.0) > alone + 0.5
     assert error(models["robust"], 0.0) < error(models["plain"], 0.0) + 0.01  # what it costs where nothing is corrupted
 
 
