@@ -89,11 +89,6 @@ def _cells_of(schema: CohortSchema) -> list[tuple]:
     return [(m.name, m.shape, m.vocabulary, f) for m in schema.modalities for f in m.features]
 
 
-def held_out(place: np.ndarray, *models: Model) -> np.ndarray:
-    """Which subjects have, in each model, a member that did not learn from them."""
-    return np.logical_and.reduce([fold(place, m.module.config.members) >= 0 for m in models])
-
-
 def measure(model: Model, x: np.ndarray, place: np.ndarray, marginals: Mapping[str, dict]) -> dict[str, Measured]:
     """Modality -> what was measured on records x, n x width; place: the hash of each subject. marginals: see `profile.marginals`."""
     found = {}
@@ -234,7 +229,7 @@ def tell(model: Model, x: np.ndarray, place: np.ndarray, outcomes: Mapping[str, 
 def compare(
     champion: Model, challenger: Model, x: np.ndarray, place: np.ndarray, outcomes: Mapping[str, np.ndarray], settings: GateSettings
 ) -> tuple[dict, Told]:
-    """The decision, and what the challenger shows. x: records by the challenger's schema, of people `held_out` of both."""
+    """The decision, and what the challenger shows. x: records by the challenger's schema, of people `split.held_out` of both."""
     names = comparable(champion.schema, challenger.schema)
     theirs, own = (registry.marginals(m.url) for m in (champion, challenger))
     new = tell(challenger, x, place, outcomes, own | {n: theirs[n] for n in names}, settings.seed)

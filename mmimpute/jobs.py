@@ -15,7 +15,7 @@ from mmimpute.data import labels, profile, storage, table
 from mmimpute.data.reference import reference
 from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
-from mmimpute.data.split import fold
+from mmimpute.data.split import fold, held_out
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
 from mmimpute.errors import UserError
 from mmimpute.generating import SHARD_ROWS
@@ -141,19 +141,19 @@ def evaluate_model(found: Survey, place: str, cluster: ClusterSettings, settings
     Raises UserError where no subject is in a fold, the model was fitted in memory, or the label is not one.
     """
     from mmimpute.evaluation import evaluate, most_records
-    from mmimpute.gate import held_out
     from mmimpute.tasks.asking import ask, check_label, people_of
 
     model = registry.load(place)
     marginals = registry.marginals(model.url)
     beside = [settings.label] if settings.label else []
     check_label(model.schema, settings.label)
+    members = model.module.config.members
     with runtime.cluster(cluster):
         most = most_records(model.schema.width)
-        asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, model), most, beside)
+        asked = ingest.judges(found.url, found.shards, model.schema, lambda place: held_out(place, members), most, beside)
     if not len(asked.x):
         raise UserError(f"{found.url}: no record that no part of the model has seen among {found.rows}; give more records")
-    accuracy = evaluate(model, asked.x, fold(asked.place, model.module.config.members), marginals)
+    accuracy = evaluate(model, asked.x, fold(asked.place, members), marginals)
     if not settings.tasks:
         return accuracy
     label = asked.beside[settings.label] if settings.label else None

@@ -8,6 +8,7 @@ from mmimpute import card, registry
 from mmimpute import gate as gates
 from mmimpute.cluster import ingest, runtime
 from mmimpute.data import storage
+from mmimpute.data.split import held_out
 from mmimpute.errors import UserError
 from mmimpute.evaluation import most_records
 from mmimpute.jobs import Progress, fingerprint, fit_model, ignore, known_model
@@ -59,8 +60,8 @@ def _held_against(found: Survey, spec: CohortSpec, place: str, champion: str | N
     """What the card tells but for the decision, and the decision; empty where there is no champion."""
     models = [registry.load(url) for url in (place, champion) if url]
     outcomes, times = outcome_columns(found, spec), [spec.timestamp] if spec.timestamp else []
-    chosen = lambda place: gates.held_out(place, *models)  # noqa: E731
-    schema = models[0].schema
+    schema, members = models[0].schema, [m.module.config.members for m in models]
+    chosen = lambda place: held_out(place, *members)  # noqa: E731
     asked = ingest.judges(found.url, found.shards, schema, chosen, most_records(schema.width), {*outcomes, *spec.subgroups, *times})
     binary = gates.binary_outcomes({c: asked.beside[c] for c in outcomes})
     if champion:

@@ -1,7 +1,5 @@
 """The gate: who is promoted, on losses with known differences and on small models."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -186,14 +184,6 @@ def test_a_broken_modality_keeps_a_challenger(cohort, few, many):
     x, place = fitting.records(cohort, many.schema)
     found, _ = gate.compare(few, broken, x, place, {}, SETTINGS)
     assert not found["promoted"] and "rna is worse by" in found["reason"] and found["modalities"]["labs"]["low"] > 0
-
-
-def test_models_of_one_member_and_of_five_judge_whom_neither_saw(many):
-    place = np.linspace(0, 1, 1000, endpoint=False)
-    config = dataclasses.replace(many.module.config, members=1)
-    single = type("Single", (), {"module": type("Module", (), {"config": config})})
-    assert gate.held_out(place, many).all() and gate.held_out(place, many, single).sum() == 100
-    assert place[gate.held_out(place, many, single)].max() < 0.1
 
 
 def test_of_another_spec_only_what_is_the_same_is_compared(cohort, many, tmp_path):

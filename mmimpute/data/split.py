@@ -31,3 +31,8 @@ def fold(place: np.ndarray, members: int) -> np.ndarray:
     share = SHARE_OF_ONE if members == 1 else 1 / members
     found = (place / share).astype(np.int64)
     return np.where(found < members, found, -1)
+
+
+def held_out(place: np.ndarray, *members: int) -> np.ndarray:
+    """Which subjects have, in each of several models of so many members, one that did not learn from them."""
+    return np.logical_and.reduce([fold(place, m) >= 0 for m in members])

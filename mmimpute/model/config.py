@@ -110,7 +110,7 @@ class ModelConfig:
     piecewise_limit: int = 64  # modalities up to this width get the piecewise-linear encoding
     elbo_weight: float = 0.03  # weight of L_elbo in the objective, L_impute's being 1
     elbo_share: float = 0.25  # share of a training batch on which L_elbo is estimated
-    impute_draws: int = 4  # latent draws per record in L_impute, in antithetic pairs
+    impute_draws: int = 2  # latent draws per record in L_impute, in antithetic pairs
     hide_one: float = 0.8  # probability that exactly one modality is hidden
     drop_values: float = 0.15  # share of training records of which the encoders see only a part of the values
     pattern: bool = True  # what is missing is an input
@@ -121,8 +121,8 @@ class ModelConfig:
         names = [m.name for m in self.modalities]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"expected at least one modality, with different names; found {names}")
-        if self.impute_draws < 4 or self.impute_draws % 2:
-            raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 4 or more")
+        if self.impute_draws < 2 or self.impute_draws % 2:
+            raise ValueError(f"impute_draws is {self.impute_draws}, expected an even number, 2 or more")
         if not 1 <= self.layers <= MOST_LAYERS:
             raise ValueError(f"layers is {self.layers}, expected 1 to {MOST_LAYERS}")
         if not 1 <= self.members <= MOST_MEMBERS:
@@ -154,7 +154,7 @@ class ModelConfig:
         small = {"dropout": 0.4, "elbo_weight": 0.3} if rows < 2_500 else {}
         many = {"dropout": 0.1, "hidden": 512} if rows >= 50_000 and not structured else {}
         most = {"dropout": 0.0, "layers": 3} if rows >= 500_000 and not structured else {}
-        whole = {"elbo_weight": 0.1, "elbo_share": 0.5} if structured else {}
+        whole = {"elbo_weight": 0.1, "elbo_share": 0.5, "impute_draws": 4} if structured else {}
         return cls(modalities, **(small | many | most | whole | sizes))
 
     @classmethod

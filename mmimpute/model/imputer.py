@@ -20,7 +20,7 @@ from mmimpute.model.diffusion import Diffusion, diffused
 from mmimpute.model.gaussian import Gaussian, kept_components
 from mmimpute.model.likelihoods import Heads
 from mmimpute.model.networks import fast_products, rounded
-from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, original, pooled, variance
+from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, drawn_around, original, pooled
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import Inputs, Latents, MultiModalVAE
 
@@ -232,8 +232,9 @@ class Imputer(nn.Module):
         """Complete records. `record` holds K pairs: (N x D_j tensor, 1) or (anything, 0).
 
         Returns K tensors, N x D_j (draws=None: one draw) or draws x N x D_j. Observed values are copied to the bit; what
-        is missing is drawn jointly by the VAE, and each draw put where the stack's mean and deviation say. The dependence
-        is the VAE's, recoloured where a whole modality is missing: on average it has the correlations of out-of-fold errors.
+        is missing is drawn jointly by the VAE, and each draw put where the stack's mean and deviation say, around them as members differ
+        (see `stack.drawn_around`). The dependence is the VAE's, recoloured where a whole modality is missing: on average it has the
+        correlations of out-of-fold errors.
         Whole modalities that diffusion draws stay as they are drawn: the VAE's moments are not theirs.
         """
         x, observed = self.vae.read(record)
@@ -247,19 +248,21 @@ class Imputer(nn.Module):
         return [c[0] for c in completed] if draws is None else completed
 
     def deviations(self, j: int, drawn_SRD: Tensor, beliefs: Beliefs) -> Tensor:
-        """Draws of the VAE in units of what it believes: mean 0 and variance 1 for every real feature of every record."""
+        """Draws of the VAE in units of what their member believes: mean 0 and variance 1 for every real feature of every record."""
+        member_S = self.vae.drawing(len(drawn_SRD))
         own_ERD = beliefs.location_MEBD[EXPERTS.index("vae")]
-        scale_RD = (beliefs.scale_EBD.square().mean(0) + variance(own_ERD)).sqrt()
-        return (self.vae.standardise[j](drawn_SRD.float()) - own_ERD.mean(0)) / scale_RD
+        return (self.vae.standardise[j](drawn_SRD.float()) - own_ERD[member_S]) / beliefs.scale_EBD[member_S]
 
     def _moved(self, j: int, mode: int, drawn_SRD: Tensor, beliefs: Beliefs, generator: torch.Generator | None) -> Tensor:
         """Draws of the VAE with the margins of the stack."""
         real_D = getattr(self, f"real_{j}")
-        location, scale = pooled(*self.stack.modalities[j](beliefs, mode))
+        location_ERD, scale_ERD = self.stack.modalities[j](beliefs, mode)
+        location, scale = pooled(location_ERD, scale_ERD)
+        around_ERD, within_RD = drawn_around(location_ERD, scale)
         deviation_SRD = self.deviations(j, drawn_SRD, beliefs)
         if mode == WHOLE and hasattr(self, f"colour_{j}"):
             deviation_SRD = torch.where(real_D, deviation_SRD, 0.0) @ getattr(self, f"colour_{j}").T
-        numbers_SRD = self.vae.standardise[j].inverse(location + scale * deviation_SRD)
+        numbers_SRD = self.vae.standardise[j].inverse(location + around_ERD[self.vae.drawing(len(drawn_SRD))] + within_RD * deviation_SRD)
         before_RD, after_RD = torch.sigmoid(beliefs.location_MEBD[EXPERTS.index("vae")]).mean(0), torch.sigmoid(location)
         # The least that has to be flipped for the probability to be `after`.
         keep_RD, raise_RD = (after_RD / before_RD).clamp(max=1), ((after_RD - before_RD) / (1 - before_RD)).clamp(min=0)

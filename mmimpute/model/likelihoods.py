@@ -76,12 +76,13 @@ def moment_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
     """CRPS of the Gaussian with the mixture's mean and variance, which is what `moments` reports.
 
     The components come from antithetic latents: the second half of the draws mirrors the first. What is odd in the
-    latents then cancels from the mean, and its share of the variance is the mean of its squares.
+    latents then cancels from the mean, and its share of the variance is the mean of its squares. Of a single pair
+    nothing is known of the rest of the variance.
     """
     first, second = mean_S.chunk(2)
     even, odd = 0.5 * (first + second), 0.5 * (first - second)
     mean = even.mean(0)
-    around = (even - mean).square().sum(0) / (even.shape[0] - 1)
+    around = (even - mean).square().sum(0) / max(1, even.shape[0] - 1)
     variance = sd_S.square().mean(0) + odd.square().mean(0) + around
     sd = variance.clamp_min(1e-8).sqrt()
     return mean_absolute(x - mean, sd) - MARGINAL_CRPS * sd

@@ -37,6 +37,7 @@ STEPS = 40  # of L-BFGS
 COMMON = ("weight", "kappa", "gamma", "eta")
 WIDE = 160  # features from which a modality's features have no weights of their own
 SAMPLE = 64
+MOST_BETWEEN = 0.75
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,19 @@ def pooled(location_EBD: Tensor, scale_EBD: Tensor) -> tuple[Tensor, Tensor]:
     spread_BD = variance(location_EBD)
     variance_BD = scale_EBD.square().mean(0)
     return location_EBD.mean(0), torch.maximum(variance_BD - spread_BD, 0.25 * variance_BD).sqrt()
+
+
+def drawn_around(location_EBD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """How far from the ensemble's location each member's draws lie, (E, B, D), and their deviation there, (B, D).
+
+    Draws are to differ as they would between models of other samples of people (Rubin 1987, sec. 4.2: proper imputation). Members that
+    leave out one group of E each differ by 1 / sqrt(E - 1) of that (delete-a-group jackknife: Kott 2001). Both parts together have the
+    ensemble's variance; of it, MOST_BETWEEN is the most that lies between members.
+    """
+    around_EBD = location_EBD - location_EBD.mean(0)
+    between_BD = variance(location_EBD).clamp_min(1e-12)
+    share_BD = ((len(location_EBD) - 1) * between_BD / scale_BD.square()).clamp(max=MOST_BETWEEN)
+    return around_EBD * scale_BD * (share_BD / between_BD).sqrt(), scale_BD * (1 - share_BD).sqrt()
 
 
 def original(location: Tensor, scale: Tensor, real_D: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:

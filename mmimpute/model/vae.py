@@ -410,12 +410,16 @@ class MultiModalVAE(nn.Module):
         by `diffusion` if given.
         """
         x, observed = self.read(record)
-        shares = [len(s) for s in torch.arange(1 if draws is None else draws).tensor_split(self.config.members)]
+        shares = self.drawing(1 if draws is None else draws).bincount(minlength=self.config.members).tolist()
         drawn = [self._draw(e, x, observed, share, generator, diffusion) for e, share in enumerate(shares) if share]
         completed = [
             torch.where(seen_BD, x_BD, torch.cat(d)) for x_BD, seen_BD, d in zip(x, observed, zip(*drawn, strict=True), strict=True)
         ]
         return [c[0] for c in completed] if draws is None else completed
+
+    def drawing(self, draws: int) -> Tensor:
+        """The member that makes each of so many draws, (S,): in blocks, as even as can be."""
+        return torch.cat([torch.full((len(s),), e) for e, s in enumerate(torch.arange(draws).tensor_split(self.config.members))])
 
     def _draw(
         self,

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmimpute.data.split import MANY_ROWS, fold, members_for, position
+from mmimpute.data.split import MANY_ROWS, fold, held_out, members_for, position
 
 
 @given(st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=20), st.randoms())
@@ -32,3 +32,9 @@ def test_folds_part_the_subjects_evenly():
 
 def test_the_number_of_members_follows_the_rows():
     assert [members_for(n) for n in (60, MANY_ROWS - 1, MANY_ROWS)] == [5, 5, 1]
+
+
+def test_models_of_one_member_and_of_five_judge_whom_neither_saw():
+    place = np.linspace(0, 1, 1000, endpoint=False)
+    assert held_out(place, 5).all() and held_out(place, 5, 1).sum() == 100
+    assert place[held_out(place, 5, 1)].max() < 0.1

@@ -16,6 +16,7 @@ from mmimpute.model.stack import (
     GAP,
     LEAST_VALUES,
     LEVELS,
+    MOST_BETWEEN,
     WHOLE,
     WIDE,
     Beliefs,
@@ -24,6 +25,7 @@ from mmimpute.model.stack import (
     Target,
     conformal_quantiles,
     crps,
+    drawn_around,
     fit,
     mix,
     original,
@@ -188,6 +190,29 @@ def test_pooling_obeys_the_ambiguity_identity(locations, value):
     assert mean == pytest.approx(np.mean(locations))
     floor = 0.5 * float(scale_EBD.square().mean().sqrt())  # however much the members differ
     assert scale == pytest.approx(max(abs(value - mean), floor), rel=1e-6, abs=1e-6)
+
+
+@QUICK
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(20, 30))
+def test_draws_lie_around_the_ensemble_as_other_samples_of_people_would(groups, scale):
+    """Members that are means over all groups but their own: the draws vary as the mean of all groups does, var(groups) / E."""
+    group_E = torch.tensor(groups, dtype=torch.float64)
+    member_E = (group_E.sum() - group_E) / (len(groups) - 1)
+    around_EBD, within_BD = drawn_around(member_E[:, None, None], torch.full((1, 1), scale, dtype=torch.float64))
+    assert around_EBD.mean().item() == pytest.approx(0, abs=1e-6)
+    assert around_EBD.square().mean().item() == pytest.approx(group_E.var().item() / len(groups), abs=1e-6)
+    assert (around_EBD.square().mean() + within_BD.square()).item() == pytest.approx(scale**2)
+
+
+def test_members_that_differ_by_more_than_the_error_leave_a_quarter_to_each_draw():
+    around_EBD, within_BD = drawn_around(torch.tensor([-9.0, 9.0])[:, None, None], torch.ones(1, 1))
+    torch.testing.assert_close(around_EBD.flatten(), torch.tensor([-1.0, 1.0]) * MOST_BETWEEN**0.5)
+    torch.testing.assert_close(within_BD.item(), (1 - MOST_BETWEEN) ** 0.5)
+
+
+def test_a_single_member_draws_around_its_own_location():
+    around_EBD, within_BD = drawn_around(torch.randn(1, 4, 3), torch.full((4, 3), 0.5))
+    assert not around_EBD.any() and torch.equal(within_BD, torch.full((4, 3), 0.5))
 
 
 # -- original units -----------------------------------------------------------------------------------------------------
