@@ -64,7 +64,8 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     epochs: nhanes 0.0 .2708 .2733 .2747 .2764 (two seeds differ by .0006), 0.5 .1633 - .1646 -. Each epoch costs the same, so 48. Where
     there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000 steps, .2151 after 4,000; one member
     .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records after 3,000 steps .010 .011 .014, after 5,000
-    .011 .013 .014; on 1,000,000 .006 .010 .010 and .004 .009 .008, of the VAE alone after 3,000 and 8,000 .0086 and .0051 on average.
+    .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two layers, with three .006 .007 .007 after
+    5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086 and .0051 on average).
     """
     batch = batch or (128 if rows < 2_500 else 256 if rows < 50_000 else 1024)
     steps_per_epoch = max(1, rows // batch)

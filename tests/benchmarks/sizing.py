@@ -1,10 +1,10 @@
 """How long, on what, and for how much: a table computed from measured figures per record.
 
-    python tests/benchmarks/sizing.py [--price 0.05] [--impute 112] [--fit 242] [--features 256]
+    python tests/benchmarks/sizing.py [--price 0.05] [--impute 112] [--fit 174] [--features 256]
 
 --impute: CPU seconds per million records of --features features, start-up apart: `engine.py FOLDER` prints it (steady state, Ray path).
---fit: CPU seconds per million records and epoch of `mmimpute fit`, whole command: 1,000,000 records took 606 s on two CPUs for five epochs.
-A fit of as many makes 5,000 steps, or one epoch where that is more.
+--fit: CPU seconds per million records and epoch of `mmimpute fit`, whole command: 1,000,000 records took 696 s on two CPUs for eight
+epochs. A fit of as many makes 8,000 steps, or one epoch where that is more.
 --price: of one CPU for one hour, in whatever money; a CPU is a hardware thread, as clouds sell them.
 
 What the table assumes and nobody has measured: that time is proportional to records and to features, and that CPUs share the work as two
@@ -59,7 +59,7 @@ def estimate(rows: int, features: int, shards: int, cpus: int, figures: Figures)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("impute", 112.0), ("fit", 242.0), ("features", 256), ("price", 0.05)):
+    for name, value in (("impute", 112.0), ("fit", 174.0), ("features", 256), ("price", 0.05)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     figures = Figures(**vars(parser.parse_args()))
     table = Table("records", "features", "shards", "CPUs", "impute, h", "fit on two CPUs, h", "memory, GiB", "cost", "requests")
