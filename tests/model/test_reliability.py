@@ -32,6 +32,7 @@ def fitted(noise: float):
         hidden=64,
         decoder=32,
         dropout=0.0,
+        impute_draws=4,
     )
     x = cohort(ROWS, 1)
     seen = [torch.ones_like(v, dtype=torch.bool) for v in x]
