@@ -249,9 +249,13 @@ class Imputer(nn.Module):
 
     def deviations(self, j: int, drawn_SRD: Tensor, beliefs: Beliefs) -> Tensor:
         """Draws of the VAE in units of what their member believes: mean 0 and variance 1 for every real feature of every record."""
-        member_S = self.vae.drawing(len(drawn_SRD))
+        member_S = self._drawing(len(drawn_SRD))
         own_ERD = beliefs.location_MEBD[EXPERTS.index("vae")]
         return (self.vae.standardise[j](drawn_SRD.float()) - own_ERD[member_S]) / beliefs.scale_EBD[member_S]
+
+    def _drawing(self, draws: int) -> Tensor:
+        """The member that makes each draw, (S,)."""
+        return torch.arange(self.config.members).repeat_interleave(torch.tensor(self.vae.shares(draws)))
 
     def _moved(self, j: int, mode: int, drawn_SRD: Tensor, beliefs: Beliefs, generator: torch.Generator | None) -> Tensor:
         """Draws of the VAE with the margins of the stack."""
@@ -259,10 +263,11 @@ class Imputer(nn.Module):
         location_ERD, scale_ERD = self.stack.modalities[j](beliefs, mode)
         location, scale = pooled(location_ERD, scale_ERD)
         around_ERD, within_RD = drawn_around(location_ERD, scale)
+        member_S = self._drawing(len(drawn_SRD))
         deviation_SRD = self.deviations(j, drawn_SRD, beliefs)
         if mode == WHOLE and hasattr(self, f"colour_{j}"):
             deviation_SRD = torch.where(real_D, deviation_SRD, 0.0) @ getattr(self, f"colour_{j}").T
-        numbers_SRD = self.vae.standardise[j].inverse(location + around_ERD[self.vae.drawing(len(drawn_SRD))] + within_RD * deviation_SRD)
+        numbers_SRD = self.vae.standardise[j].inverse(location + around_ERD[member_S] + within_RD * deviation_SRD)
         before_RD, after_RD = torch.sigmoid(beliefs.location_MEBD[EXPERTS.index("vae")]).mean(0), torch.sigmoid(location)
         # The least that has to be flipped for the probability to be `after`.
         keep_RD, raise_RD = (after_RD / before_RD).clamp(max=1), ((after_RD - before_RD) / (1 - before_RD)).clamp(min=0)

@@ -410,16 +410,16 @@ class MultiModalVAE(nn.Module):
         by `diffusion` if given.
         """
         x, observed = self.read(record)
-        shares = self.drawing(1 if draws is None else draws).bincount(minlength=self.config.members).tolist()
+        shares = self.shares(1 if draws is None else draws)
         drawn = [self._draw(e, x, observed, share, generator, diffusion) for e, share in enumerate(shares) if share]
         completed = [
             torch.where(seen_BD, x_BD, torch.cat(d)) for x_BD, seen_BD, d in zip(x, observed, zip(*drawn, strict=True), strict=True)
         ]
         return [c[0] for c in completed] if draws is None else completed
 
-    def drawing(self, draws: int) -> Tensor:
-        """The member that makes each of so many draws, (S,): in blocks, as even as can be."""
-        return torch.cat([torch.full((len(s),), e) for e, s in enumerate(torch.arange(draws).tensor_split(self.config.members))])
+    def shares(self, draws: int) -> list[int]:
+        """How many of so many draws each member makes, the first member the first of them."""
+        return [len(s) for s in torch.arange(draws).tensor_split(self.config.members)]
 
     def _draw(
         self,
@@ -473,7 +473,6 @@ class MultiModalVAE(nn.Module):
     @torch.no_grad()
     def generate(self, n: int, generator: torch.Generator | None = None, diffusion: Diffusion | None = None) -> list[Tensor]:
         """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0), or latents of `diffusion`: K tensors n x D_j in original units."""
-        shares = [len(s) for s in torch.arange(n).tensor_split(self.config.members)]
-        nothing = [self.read([(torch.empty(share, 0), 0)] * len(self.private)) for share in shares]
+        nothing = [self.read([(torch.empty(share, 0), 0)] * len(self.private)) for share in self.shares(n)]
         parts = [self._draw(e, *record, 1, generator, diffusion) for e, record in enumerate(nothing)]
         return [torch.cat(p, 1)[0] for p in zip(*parts, strict=True)]
