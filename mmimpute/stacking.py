@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from mmimpute.denoising import fit_diffusion
+from mmimpute.model import sparse
 from mmimpute.model import stack as stacks
 from mmimpute.model.additive import Regression
 from mmimpute.model.blocks import block_scales
@@ -57,6 +58,7 @@ from mmimpute.model.vae import MultiModalVAE
 
 SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # 1 where every feature follows the others as far as the typical one does
+CODE_THRESHOLDS = (0.3, 0.5, 0.75)  # as sparse.THRESHOLD
 GAP_SHARE = 0.25  # of the observed values hidden to learn about gaps
 SEED = 11
 NOBODY = -2  # no member's fold
@@ -182,31 +184,52 @@ def _gaussian_error(data: Assembly, shrinkage: float) -> float:
 
 def fit_additive(data: Assembly) -> None:
     """Each modality's regressions per member; the columns' scales come from member 0's records, and the penalty, of numbers and of codes,
-    is the one that judges it best."""
+    and how far single values of codes have to stand out, are those that judge it best."""
 
     def fit(j: int) -> None:
-        penalties = scale_C = None
+        scale_C, chosen = None, None
         for member in range(data.members):
             rows = data.learners(member, j)
             if not len(rows):
                 continue
-            columns_NC = _columns(data, j, member, rows)
-            if penalties is None:
+            columns_NC, single_NV = _columns(data, j, member, rows)
+            if scale_C is None:
                 scale_C = _scales(data, j, columns_NC, rows)
             regression = _regression(data, j, columns_NC * scale_C, rows)
-            penalties = penalties or _best_penalties(data, j, regression, scale_C)
-            weight_CD, bias_D = regression.solve(*penalties)
-            data.imputer.additive.set_member(member, j, (_with_own(data, j, scale_C[:, None] * weight_CD), bias_D))
+            if chosen is None:
+                penalties = _best_penalties(data, j, regression, scale_C)
+                chosen = penalties, _best_threshold(data, j, regression, scale_C, single_NV, penalties)
+            weight_CD, bias_D, slope_VD = _solved(regression, scale_C, single_NV, *chosen)
+            narrow_C = _narrow(data, j)
+            weight_CD[narrow_C] += slope_VD[: int(narrow_C.sum())]
+            data.imputer.additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, slope_VD[int(narrow_C.sum()) :])
 
     data.each(fit)
 
 
-def _columns(data: Assembly, j: int, member: int, rows: Tensor) -> Tensor:
-    """A member's columns of other modalities for some records, with modality j hidden, (N, C)."""
+def _columns(data: Assembly, j: int, member: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A member's columns of other modalities for some records, with modality j hidden, (N, C), and all single values of them, those of
+    narrow modalities, which are columns, before those of wide ones, (N, V)."""
     inputs = data.imputer.vae.inputs([x[rows] for x in data.x], data.hidden(rows, j))
     with torch.no_grad():
-        columns_NC = data.singles[member].linear(inputs)[1][0]
-    return _without_own(data, j, columns_NC)
+        _, columns_ENC, wide_ENV = data.singles[member].linear(inputs)
+    wide_ENV[..., data.imputer.additive.own_values(j)] = 0
+    columns_NC = _without_own(data, j, columns_ENC[0])
+    return columns_NC, torch.cat([columns_NC[:, _narrow(data, j)], wide_ENV[0]], 1)
+
+
+def _narrow(data: Assembly, j: int) -> Tensor:
+    """Which columns are single values, (C,)."""
+    return _without_own(data, j, data.imputer.additive.singles(data.imputer.vae.code))
+
+
+def _solved(
+    regression: Regression, scale_C: Tensor, single_NV: Tensor, penalties: tuple[float, float], threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of columns (C, D), bias (D,) and slopes of single values (V, D)."""
+    slope_VD = regression.single_out(single_NV, penalties, threshold)
+    weight_CD, bias_D = regression.solve(*penalties, single_NV @ slope_VD)
+    return scale_C[:, None] * weight_CD, bias_D, slope_VD
 
 
 def _without_own(data: Assembly, j: int, columns: Tensor) -> Tensor:
@@ -241,16 +264,34 @@ def _regression(data: Assembly, j: int, columns_NC: Tensor, rows: Tensor) -> Reg
 def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Tensor) -> tuple[float, float]:
     """For real and for binary features."""
     rows = data.judges(0, j)
-    columns = _columns(data, j, 0, rows) * scale_C
-    z_ND, x_ND, seen_ND = data.inputs.z[j][rows], data.inputs.filled[j][rows], data.observed[j][rows]
-    losses = {}
+    columns_NC, losses = _columns(data, j, 0, rows)[0] * scale_C, {}
     for penalty in PENALTIES:
-        weight, bias = regression.solve(penalty, penalty)
-        guess_ND = columns @ weight + bias
-        squares = ((guess_ND - z_ND) * seen_ND)[:, regression.real_D].square().sum()
-        nats = torch.nn.functional.binary_cross_entropy_with_logits(guess_ND, x_ND.clamp(0, 1), reduction="none")
-        losses[penalty] = (float(squares), float((nats * seen_ND)[:, regression.binary_D].sum()))
+        weight_CD, bias_D = regression.solve(penalty, penalty)
+        losses[penalty] = _losses(data, j, rows, columns_NC @ weight_CD + bias_D)
     return tuple(min(losses, key=lambda p, kind=kind: losses[p][kind]) for kind in (0, 1))
+
+
+def _best_threshold(
+    data: Assembly, j: int, regression: Regression, scale_C: Tensor, single_NV: Tensor, penalties: tuple[float, float]
+) -> float:
+    """Of codes."""
+    if not bool(regression.binary_D.any()):
+        return sparse.THRESHOLD
+    rows = data.judges(0, j)
+    (columns_RC, single_RV), losses = _columns(data, j, 0, rows), {}
+    for threshold in CODE_THRESHOLDS:
+        weight_CD, bias_D, slope_VD = _solved(regression, scale_C, single_NV, penalties, threshold)
+        losses[threshold] = _losses(data, j, rows, columns_RC @ weight_CD + bias_D + single_RV @ slope_VD)[1]
+    return min(losses, key=losses.get)
+
+
+def _losses(data: Assembly, j: int, rows: Tensor, guess_ND: Tensor) -> tuple[float, float]:
+    """Squared error of the real features, and nats of the binary ones."""
+    additive, seen_ND = data.imputer.additive, data.observed[j][rows]
+    squares_ND = (guess_ND - data.inputs.z[j][rows]).square() * seen_ND
+    codes_ND = data.inputs.filled[j][rows].clamp(0, 1)
+    nats_ND = torch.nn.functional.binary_cross_entropy_with_logits(guess_ND, codes_ND, reduction="none") * seen_ND
+    return float(squares_ND[:, getattr(additive, f"real_{j}")].sum()), float(nats_ND[:, getattr(additive, f"binary_{j}")].sum())
 
 
 def fit_stack(data: Assembly) -> None:

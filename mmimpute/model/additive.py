@@ -1,10 +1,12 @@
 """The additive expert: ridge and logistic regression of every feature on the other modalities' encoded values.
 
 An encoded number is itself and its piecewise-linear ramps, so the regression is a sum of curves (a generalised additive
-model with linear splines). Each modality's values, and its ramps, count as far as they have to say (blocks.py). Inputs that
-are missing are at the Gaussian expert's conditional means, with a flag (always 0 where `pattern` is false).
+model with linear splines). Each modality's values, and its ramps, count as far as they have to say (blocks.py), and single values
+more than that where they stand out (sparse.py). Inputs that are missing are at the Gaussian expert's conditional means, with a flag
+(always 0 where `pattern` is false).
 
-Shape suffixes: E members, B or N records, K modalities, D features, F features of one kind, C input columns, R rank.
+Shape suffixes: E members, B or N records, K modalities, D features, F features of one kind, C input columns, R rank, V values of wide
+modalities, S of them that a feature follows, Z all pairs of a feature and such a value.
 """
 
 from collections.abc import Sequence
@@ -16,14 +18,17 @@ from torch import Tensor, nn
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.gaussian import Components, Gaussian
 from mmimpute.model.networks import CLIP, Code
+from mmimpute.model.sparse import THRESHOLD, Dense, single_out
 
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
+SOURCES = 16  # single values of wider ones that a feature may follow beside that
 MASKED_STEPS = 6  # of majorisation-minimisation where single targets are missing
 NEWTON_STEPS = 25  # of L-BFGS on the preconditioned logistic regressions
 
 
 class Additive(nn.Module):
-    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself."""
+    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself. source_j, slope_j (E, D_j, S): which
+    values of the wide modalities its features follow, and how far."""
 
     def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
         super().__init__()
@@ -33,39 +38,50 @@ class Additive(nn.Module):
         self.widths = [
             1 + (code.width if read else c.basis_EDQ.shape[2]) for read, code, c in zip(self.read, codes, components, strict=True)
         ]
+        self.wide = [not read and not m.structured for read, m in zip(self.read, config.modalities, strict=True)]
         for j, m in enumerate(config.modalities):
             targets = 0 if m.structured else m.width
+            self.register_buffer(f"source_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide), dtype=torch.long))
+            self.register_buffer(f"slope_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide)))
             self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), targets))
             self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, targets))
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
 
-    def columns(self, filled_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> Tensor:
-        """(E, B, C): every modality's encoded values (ramps, levels and holes), or components, and a flag.
+    def columns(self, completed_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> tuple[Tensor, Tensor]:
+        """Every modality's encoded values (ramps, levels and holes), or components, and a flag, (E, B, C); wide ones' values, (E, B, V).
 
-        filled_EBP: the Gaussian's completed vector.
+        completed_EBP: by the Gaussian.
         """
-        out = []
-        parts = filled_EBP.split(gaussian.sizes, -1)
+        out, values = [], [completed_EBP[..., :0]]
+        parts = completed_EBP.split(gaussian.sizes, -1)
         for j, (code, component, part) in enumerate(zip(codes, gaussian.components, parts, strict=True)):
             present_B1 = observed[j].any(1, keepdim=True)
-            if not self.read[j]:
+            if self.read[j]:
+                out += self._encoded(self._filled(z[j], observed[j], component, part), x[j], observed[j], code, knots[j])
+            else:
                 padded = fn.pad(part, (0, component.basis_EDQ.shape[2] - component.parts))
                 out.append(torch.where(present_B1, component.scores(z[j]), padded))
-            else:
-                filled_EBD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), component.restore(part))
-                out += self._encoded(filled_EBD, x[j], observed[j], code, knots[j])
+            if self.wide[j]:
+                values.append(self._filled(z[j], observed[j], component, part))
             out.append((self.pattern * (present_B1.to(part.dtype) - 0.5)).expand(*part.shape[:-1], 1))
-        return torch.cat(out, -1)
+        return torch.cat(out, -1), torch.cat(values, -1)
+
+    @staticmethod
+    def _filled(z_BD: Tensor, observed_BD: Tensor, component: Components, part_EBQ: Tensor) -> Tensor:
+        return torch.where(observed_BD, z_BD.clamp(-CLIP, CLIP), component.restore(part_EBQ))
 
     @staticmethod
     def _encoded(z_EBD: Tensor, x_BD: Tensor, seen_BD: Tensor, code: Code, knots_DO: Tensor) -> list[Tensor]:
         numbers = [z_EBD.index_select(-1, code.numeric_F), code.ramps(z_EBD, knots_DO).flatten(2)]
         return numbers + [t.expand(len(z_EBD), -1, -1) for t in code.told(x_BD, seen_BD)]
 
-    def forward(self, j: int, columns_EBC: Tensor) -> Tensor:
+    def forward(self, j: int, columns_EBC: Tensor, values_EBV: Tensor) -> Tensor:
         """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
-        return torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
+        found_EBD = torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
+        if not values_EBV.shape[2]:
+            return found_EBD
+        return found_EBD + picked(values_EBV, getattr(self, f"source_{j}"), getattr(self, f"slope_{j}"))
 
     def own(self, j: int) -> slice:
         start = sum(self.widths[:j])
@@ -79,11 +95,36 @@ class Additive(nn.Module):
             out += [1 + 2 * j] * numbers + [2 + 2 * j] * ramps + [1 + 2 * j] * levels + [0] * (holes + 1)  # and the flag
         return torch.tensor(out)
 
+    def singles(self, codes: Sequence[Code]) -> Tensor:
+        """Which columns are a single value, (C,)."""
+        out = []
+        for read, code, width in zip(self.read, codes, self.widths, strict=True):
+            numbers, ramps, levels, holes = code.layout if read else (0, 0, 0, width - 1)
+            out += [True] * numbers + [False] * (ramps + levels + holes + 1)
+        return torch.tensor(out)
+
+    def own_values(self, j: int) -> slice:
+        """Of the wide modalities' values."""
+        widths = [getattr(self, f"real_{k}").numel() * wide for k, wide in enumerate(self.wide[: j + 1])]
+        return slice(sum(widths[:j]), sum(widths))
+
     @torch.no_grad()
-    def set_member(self, member: int, j: int, solution: tuple[Tensor, Tensor]) -> None:
-        """weight (C, D_j) and bias (D_j,) of one member."""
-        getattr(self, f"weight_{j}")[member] = solution[0]
-        getattr(self, f"bias_{j}")[member, 0] = solution[1]
+    def set_member(self, member: int, j: int, weight_CD: Tensor, bias_D: Tensor, slope_VD: Tensor) -> None:
+        """One member's solution; slope: of the wide modalities' values."""
+        getattr(self, f"weight_{j}")[member], getattr(self, f"bias_{j}")[member, 0] = weight_CD, bias_D
+        source_SD = slope_VD.abs().topk(min(SOURCES, len(slope_VD)), 0).indices
+        getattr(self, f"source_{j}")[member, :, : len(source_SD)] = source_SD.T
+        getattr(self, f"slope_{j}")[member, :, : len(source_SD)] = slope_VD.gather(0, source_SD).T
+
+
+def picked(values_EBV: Tensor, source_EDS: Tensor, slope_EDS: Tensor) -> Tensor:
+    """Slopes times their values, summed over sources, (E, B, D)."""
+    member_Z, feature_Z, place_Z = slope_EDS.nonzero(as_tuple=True)
+    chosen = (member_Z, feature_Z, place_Z)
+    terms_ZB = values_EBV[member_Z, :, source_EDS[chosen]] * slope_EDS[chosen][:, None]
+    members, features = slope_EDS.shape[:2]
+    found = values_EBV.new_zeros(members * features, values_EBV.shape[1]).index_add_(0, member_Z * features + feature_Z, terms_ZB)
+    return found.unflatten(0, (members, features)).mT
 
 
 class Regression:
@@ -107,20 +148,38 @@ class Regression:
         self.z_ND, self.x_ND, self.seen_ND = z_ND, x_ND, seen_ND.float()
         self.real_D, self.binary_D = real_D, binary_D
 
-    def solve(self, penalty: float, logistic_penalty: float) -> tuple[Tensor, Tensor]:
-        """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance."""
+    def solve(self, penalty: float, logistic_penalty: float, sparse_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance. sparse: what single values
+        explain already.
+        """
+        sparse_ND = torch.zeros_like(self.z_ND) if sparse_ND is None else sparse_ND
         weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.real_D))
         bias_D = self.rotated_NR.new_zeros(len(self.real_D))
         if self.real_D.any():
-            weight_RD[:, self.real_D], bias_D[self.real_D] = self._ridge(self.real_D, penalty)
+            weight_RD[:, self.real_D], bias_D[self.real_D] = self._ridge(self.real_D, penalty, sparse_ND)
         if self.binary_D.any():
-            weight_RD[:, self.binary_D], bias_D[self.binary_D] = self._logistic(self.binary_D, logistic_penalty)
+            weight_RD[:, self.binary_D], bias_D[self.binary_D] = self._logistic(self.binary_D, logistic_penalty, sparse_ND)
         weight_CD = (self.axes_CR @ weight_RD.double()).float()
         return weight_CD, bias_D - self.centre_C @ weight_CD
 
-    def _ridge(self, kind_D: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    def single_out(self, values_NV: Tensor, penalties: tuple[float, float], code_threshold: float) -> Tensor:
+        """Slopes of values that stand out, (V, D); see sparse.py."""
+        weight_CD, bias_D = self.solve(*penalties)
+        eta_ND = bias_D + self.centre_C @ weight_CD + self.rotated_NR @ (self.axes_CR.T.float() @ weight_CD)
+        shrunk_R1 = 1 / (self.values_R.float() + penalties[0])[:, None]
+        slope_VD = eta_ND.new_zeros(values_NV.shape[1], len(bias_D))
+        keep = lambda t: t - self.rotated_NR @ (shrunk_R1 * (self.rotated_NR.T @ t))  # noqa: E731
+        numbers = self.real_D, self.z_ND.clamp(-2 * CLIP, 2 * CLIP), keep, THRESHOLD
+        codes = self.binary_D, self.x_ND, None, code_threshold
+        for kind_D, target_ND, kept, threshold in (numbers, codes):
+            if kind_D.any():
+                dense = Dense(eta_ND[:, kind_D], target_ND[:, kind_D], self.seen_ND[:, kind_D], kept)
+                slope_VD[:, kind_D] = single_out(values_NV, dense, threshold)
+        return slope_VD
+
+    def _ridge(self, kind_D: Tensor, penalty: float, sparse_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Missing targets by majorisation-minimisation: the step's matrix is that of all records, so one fits all features."""
-        y_NF, seen_NF = self.z_ND[:, kind_D].clamp(-2 * CLIP, 2 * CLIP), self.seen_ND[:, kind_D]
+        y_NF, seen_NF = (self.z_ND.clamp(-2 * CLIP, 2 * CLIP) - sparse_ND)[:, kind_D], self.seen_ND[:, kind_D]
         count_F = seen_NF.sum(0).clamp_min(1)
         values_R1 = self.values_R[:, None].float()
         bias_F = (y_NF * seen_NF).sum(0) / count_F
@@ -132,7 +191,7 @@ class Regression:
             bias_F = bias_F + (seen_NF * (y_NF - bias_F - self.rotated_NR @ weight_RF)).sum(0) / count_F
         return weight_RF, bias_F
 
-    def _logistic(self, kind_D: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    def _logistic(self, kind_D: Tensor, penalty: float, sparse_ND: Tensor) -> tuple[Tensor, Tensor]:
         y_NF, seen_NF = self.x_ND[:, kind_D], self.seen_ND[:, kind_D]
         chance_F = ((y_NF * seen_NF).sum(0) / seen_NF.sum(0).clamp_min(1)).clamp(1e-3, 1 - 1e-3)
         variance_F = chance_F * (1 - chance_F)
@@ -146,7 +205,8 @@ class Regression:
         def loss() -> Tensor:
             optimiser.zero_grad()
             weight_RF = steps_RF * scale_RF
-            nats_NF = fn.binary_cross_entropy_with_logits(bias_F + self.rotated_NR @ weight_RF, y_NF, reduction="none")
+            logit_NF = bias_F + sparse_ND[:, kind_D] + self.rotated_NR @ weight_RF
+            nats_NF = fn.binary_cross_entropy_with_logits(logit_NF, y_NF, reduction="none")
             value = (nats_NF * seen_NF).sum() + 0.5 * (penalty * variance_F * weight_RF.square()).sum()
             value.backward()
             return value

@@ -51,7 +51,8 @@ class Conditioned:
     inputs: Inputs
     latents: Latents
     filled_EBP: Tensor | None  # the Gaussian's completed vector
-    columns_EBC: Tensor | None  # of the additive expert; both None where nothing else is asked for than the VAE knows alone
+    columns_EBC: Tensor | None  # of the additive expert
+    values_EBV: Tensor | None  # of its wide modalities; all three None where nothing else is asked for than the VAE knows alone
 
 
 class Imputer(nn.Module):
@@ -115,17 +116,17 @@ class Imputer(nn.Module):
 
     # -- beliefs --------------------------------------------------------------------------------------------------
 
-    def linear(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The Gaussian's completed vector and the additive expert's columns, for all records."""
+    def linear(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The Gaussian's completed vector, the additive expert's columns and its single values, for all records."""
         believed = self.vae.believed(inputs)
         filled = self.gaussian(*self.gaussian.parts(inputs.z, believed))
         knots = [s.knots for s in self.vae.standardise]
-        return filled, self.additive.columns(filled, inputs.z, inputs.filled, believed, self.vae.code, self.gaussian, knots)
+        return filled, *self.additive.columns(filled, inputs.z, inputs.filled, believed, self.vae.code, self.gaussian, knots)
 
     def _conditioned(self, x: Sequence[Tensor], observed: Sequence[Tensor], products: Callable = nullcontext) -> "Conditioned":
         """products: of the networks; the Gaussian's, which solve equations, stay exact."""
         inputs = self.vae.inputs(x, observed)
-        linear = self.linear(inputs) if any(not m.structured for m in self.config.modalities) else (None, None)
+        linear = self.linear(inputs) if any(not m.structured for m in self.config.modalities) else (None, None, None)
         with products():
             return Conditioned(inputs, self.vae.latents(inputs, self.nodes), *linear)
 
@@ -139,7 +140,7 @@ class Imputer(nn.Module):
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
         gaussian = torch.where(getattr(self, f"real_{j}"), gaussian, torch.logit(chance))
-        additive = self.additive(j, given.columns_EBC.index_select(1, rows))
+        additive = self.additive(j, given.columns_EBC.index_select(1, rows), given.values_EBV.index_select(1, rows))
         present_BK = given.inputs.present_BK[rows].float()
         others_B = (present_BK.sum(1) - present_BK[:, j]) / max(1, present_BK.shape[1] - 1)
         return heads, Beliefs(torch.stack([location_EBD, additive, gaussian]), scale_EBD, others_B)

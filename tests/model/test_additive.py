@@ -9,6 +9,7 @@ from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, additive
 from mmimpute.model.additive import WIDEST, Regression
 from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
+from mmimpute.model.networks import CLIP
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.stacking import Assembly, fit_additive, fit_gaussian
 
@@ -121,7 +122,7 @@ def fitted():
 
 def said(model: Imputer, x, observed, j: int) -> torch.Tensor:
     with torch.no_grad():
-        return model.additive(j, model.linear(model.vae.inputs(x, observed))[1])
+        return model.additive(j, *model.linear(model.vae.inputs(x, observed))[1:])
 
 
 @pytest.mark.parametrize("j", range(3))
@@ -146,7 +147,7 @@ def test_missing_inputs_are_the_gaussians_conditional_means(fitted):
     model, x = fitted
     observed = [torch.ones_like(v, dtype=torch.bool) for v in x]
     observed[1] = ~observed[1]
-    filled, columns = model.linear(model.vae.inputs(x, observed))
+    filled, columns, _ = model.linear(model.vae.inputs(x, observed))
     block = columns[..., model.additive.own(1)]
     part = filled.split(model.gaussian.sizes, -1)[1]
     assert (block[..., -1] == -0.5).all()
@@ -169,10 +170,11 @@ def test_a_wide_modality_is_read_by_its_components():
     component = model.gaussian.components[1]
     component.fit(0, w)
     observed = [torch.ones(50, 2, dtype=torch.bool), torch.ones(50, WIDEST + 1, dtype=torch.bool)]
-    _, columns = model.linear(vae.inputs([torch.randn(50, 2), w], observed))
+    _, columns, values = model.linear(vae.inputs([torch.randn(50, 2), w], observed))
     block = columns[0][:, model.additive.own(1)]
     assert block.shape == (50, kept[1] + 1)
     torch.testing.assert_close(block[:, :-1] @ component.basis_EDQ[0].T + component.mean_E1D[0], w, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(values[0], w.clamp(-CLIP, CLIP))
 
 
 def test_a_clipped_input_says_no_more():
