@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.gaussian import Components, Gaussian
 from mmimpute.model.networks import CLIP, Code
-from mmimpute.model.sparse import THRESHOLD, Dense, single_out
+from mmimpute.model.sparse import SOURCES, THRESHOLD, Dense, single_out
 
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
-SOURCES = 16  # single values of wider ones that a feature may follow beside that
 MASKED_STEPS = 6  # of majorisation-minimisation where single targets are missing
 NEWTON_STEPS = 25  # of L-BFGS on the preconditioned logistic regressions
 
