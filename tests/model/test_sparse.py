@@ -6,11 +6,12 @@ import pytest
 import torch
 from cohorts import masks
 
+from mmimpute import stacking
 from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, additive
 from mmimpute.model.additive import WIDEST, Regression, picked
 from mmimpute.model.sparse import PACE, THRESHOLD, Dense, single_out
 from mmimpute.model.standardise import FeatureStatistics
-from mmimpute.stacking import Assembly, fit_additive, fit_gaussian
+from mmimpute.stacking import CODE_THRESHOLDS, Assembly, fit_additive, fit_gaussian
 
 ROWS, COLUMNS, VALUES, FEATURES = 300, 40, 60, 8
 PENALTY = COLUMNS / 0.5  # dense weights explain half as much as the noise, whose variance is 1
@@ -134,3 +135,20 @@ def test_a_wide_modalitys_single_values_reach_the_expert():
     followed = model.additive.source_0[0, :, 0].tolist(), model.additive.slope_0[0, :, 0]
     assert followed[0] == [7, 150] and (followed[1] > 0.5).all()
     assert not model.additive.slope_1.any()  # all that it follows is narrow, and so among the dense weights
+
+
+@pytest.mark.parametrize("slope, expected", [(0.0, max(CODE_THRESHOLDS)), (3.0, min(CODE_THRESHOLDS))])
+def test_the_judges_say_how_far_codes_have_to_stand_out(slope, expected, monkeypatch):
+    """Codes that follow nothing, or one code each."""
+    generator = torch.Generator().manual_seed(2)
+    causes = (torch.rand(600, 60, generator=generator) < 0.3).float()
+    codes = (torch.rand(600, 6, generator=generator) < torch.sigmoid(slope * causes[:, :6] - 1.5)).float()
+    config = ModelConfig((ModalityConfig("causes", ("binary",) * 60), ModalityConfig("codes", ("binary",) * 6)), 2, 8, 16, 1, 16)
+    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
+    x, chosen = [causes, codes], []
+    best = stacking._best_threshold
+    monkeypatch.setattr(stacking, "_best_threshold", lambda *given: chosen.append(best(*given)) or chosen[-1])
+    data = Assembly(vae, x, masks(x, share=1.0), torch.arange(600) % 2)
+    fit_gaussian(data)
+    fit_additive(data)
+    assert chosen[1] == expected
