@@ -21,7 +21,7 @@ from mmimpute.model.networks import CLIP, Code
 from mmimpute.model.sparse import SOURCES, THRESHOLD, Dense, single_out
 
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
-MASKED_STEPS = 6  # of majorisation-minimisation where single targets are missing
+MASKED_STEPS = 20  # of majorisation-minimisation where single targets are missing; what 6 left over seemed to stand out (sparse.py)
 NEWTON_STEPS = 25  # of L-BFGS on the preconditioned logistic regressions
 
 
