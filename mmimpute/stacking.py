@@ -39,6 +39,7 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -187,7 +188,7 @@ def fit_additive(data: Assembly) -> None:
     and how far single values of codes have to stand out, are those that judge it best."""
 
     def fit(j: int) -> None:
-        scale_C, chosen = None, None
+        scale_C = penalties = threshold = None
         for member in range(data.members):
             rows = data.learners(member, j)
             if not len(rows):
@@ -196,10 +197,10 @@ def fit_additive(data: Assembly) -> None:
             if scale_C is None:
                 scale_C = _scales(data, j, columns_NC, rows)
             regression = _regression(data, j, columns_NC * scale_C, rows)
-            if chosen is None:
-                penalties = _best_penalties(data, j, regression, scale_C)
-                chosen = penalties, _best_threshold(data, j, regression, scale_C, single_NV, penalties)
-            weight_CD, bias_D, slope_VD = _solved(regression, scale_C, single_NV, *chosen)
+            penalties = penalties or _best_penalties(data, j, regression, scale_C)
+            solved = partial(_solved, regression, scale_C, single_NV, penalties, regression.solve(*penalties))
+            threshold = threshold or _best_threshold(data, j, solved)
+            weight_CD, bias_D, slope_VD = solved(threshold)
             narrow_C = _narrow(data, j)
             weight_CD[narrow_C] += slope_VD[: int(narrow_C.sum())]
             data.imputer.additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, slope_VD[int(narrow_C.sum()) :])
@@ -224,10 +225,15 @@ def _narrow(data: Assembly, j: int) -> Tensor:
 
 
 def _solved(
-    regression: Regression, scale_C: Tensor, single_NV: Tensor, penalties: tuple[float, float], threshold: float
+    regression: Regression,
+    scale_C: Tensor,
+    single_NV: Tensor,
+    penalties: tuple[float, float],
+    dense: tuple[Tensor, Tensor],
+    threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of columns (C, D), bias (D,) and slopes of single values (V, D)."""
-    slope_VD = regression.single_out(single_NV, penalties, threshold)
+    """Weights of columns (C, D), bias (D,) and slopes of single values (V, D). dense: the solution without these."""
+    slope_VD = regression.single_out(single_NV, penalties[0], dense, threshold)
     weight_CD, bias_D = regression.solve(*penalties, single_NV @ slope_VD)
     return scale_C[:, None] * weight_CD, bias_D, slope_VD
 
@@ -271,16 +277,14 @@ def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Ten
     return tuple(min(losses, key=lambda p, kind=kind: losses[p][kind]) for kind in (0, 1))
 
 
-def _best_threshold(
-    data: Assembly, j: int, regression: Regression, scale_C: Tensor, single_NV: Tensor, penalties: tuple[float, float]
-) -> float:
-    """Of codes."""
-    if not bool(regression.binary_D.any()):
+def _best_threshold(data: Assembly, j: int, solved: Callable[[float], tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Of codes; solved: member 0's `_solved` by threshold."""
+    if not bool(getattr(data.imputer.additive, f"binary_{j}").any()):
         return sparse.THRESHOLD
     rows = data.judges(0, j)
     (columns_RC, single_RV), losses = _columns(data, j, 0, rows), {}
     for threshold in CODE_THRESHOLDS:
-        weight_CD, bias_D, slope_VD = _solved(regression, scale_C, single_NV, penalties, threshold)
+        weight_CD, bias_D, slope_VD = solved(threshold)
         losses[threshold] = _losses(data, j, rows, columns_RC @ weight_CD + bias_D + single_RV @ slope_VD)[1]
     return min(losses, key=losses.get)
 

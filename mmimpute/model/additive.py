@@ -161,19 +161,19 @@ class Regression:
         weight_CD = (self.axes_CR @ weight_RD.double()).float()
         return weight_CD, bias_D - self.centre_C @ weight_CD
 
-    def single_out(self, values_NV: Tensor, penalties: tuple[float, float], code_threshold: float) -> Tensor:
-        """Slopes of values that stand out, (V, D); see sparse.py."""
-        weight_CD, bias_D = self.solve(*penalties)
+    def single_out(self, values_NV: Tensor, penalty: float, dense: tuple[Tensor, Tensor], code_threshold: float) -> Tensor:
+        """Slopes of values that stand out of a solution (weight and bias), (V, D); see sparse.py. penalty: of real features."""
+        weight_CD, bias_D = dense
         eta_ND = bias_D + self.centre_C @ weight_CD + self.rotated_NR @ (self.axes_CR.T.float() @ weight_CD)
-        shrunk_R1 = 1 / (self.values_R.float() + penalties[0])[:, None]
+        shrunk_R1 = 1 / (self.values_R.float() + penalty)[:, None]
         slope_VD = eta_ND.new_zeros(values_NV.shape[1], len(bias_D))
         keep = lambda t: t - self.rotated_NR @ (shrunk_R1 * (self.rotated_NR.T @ t))  # noqa: E731
         numbers = self.real_D, self.z_ND.clamp(-2 * CLIP, 2 * CLIP), keep, THRESHOLD
         codes = self.binary_D, self.x_ND, None, code_threshold
         for kind_D, target_ND, kept, threshold in (numbers, codes):
             if kind_D.any():
-                dense = Dense(eta_ND[:, kind_D], target_ND[:, kind_D], self.seen_ND[:, kind_D], kept)
-                slope_VD[:, kind_D] = single_out(values_NV, dense, threshold)
+                solution = Dense(eta_ND[:, kind_D], target_ND[:, kind_D], self.seen_ND[:, kind_D], kept)
+                slope_VD[:, kind_D] = single_out(values_NV, solution, threshold)
         return slope_VD
 
     def _ridge(self, kind_D: Tensor, penalty: float, sparse_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def single_out(values_NV: Tensor, dense: Dense, threshold: float) -> Tensor:
 def _against_linear(dense: Dense, eta_NA: Tensor, active: Tensor, slope_VA: Tensor, centred_NV: Tensor, power_V1: Tensor):
     """Gradient and curvature of the log-likelihood by each slope, (V, A) or (V, 1), and the variance of the noise, (A,). Targets that are
     missing are taken to be as the dense part says."""
-    target_NA = torch.where(dense.seen_NF > 0, dense.target_NF, dense.eta_NF)[:, active]
+    target_NA = torch.where(dense.seen_NF[:, active] > 0, dense.target_NF[:, active], dense.eta_NF[:, active])
     left_NA = target_NA - eta_NA
     rest_NA = target_NA - target_NA.mean(0) - centred_NV @ slope_VA
     noise_A = torch.maximum((rest_NA * left_NA).mean(0), left_NA.square().mean(0)).clamp_min(1e-6)  # y'Ky is no less than y'KKy

@@ -33,10 +33,14 @@ def regression(columns, y, kind: str = "real", seen=None) -> Regression:
     return Regression(columns, torch.where(seen, y, 0.0), torch.where(seen, y, 0.0), seen, *which)
 
 
+def singled_out(model: Regression, values, penalty: float = PENALTY) -> torch.Tensor:
+    return model.single_out(values, penalty, model.solve(penalty, penalty), 0.75)
+
+
 def test_no_value_stands_out_of_what_is_left():
     """By the definition: with K^1/2 as a matrix, the lasso's conditions hold to the size of a step."""
     columns, values, _, y = problem(1, 0.4)
-    slope = regression(columns, y).single_out(values, (PENALTY, PENALTY), 0.75).double()
+    slope = singled_out(regression(columns, y), values).double()
     x, v, t = (m.double() - m.double().mean(0) for m in (columns, values, y))
     keep = torch.eye(ROWS).double() - x @ torch.linalg.solve(x.T @ x + PENALTY * torch.eye(COLUMNS), x.T)
     eigenvalues, vectors = torch.linalg.eigh(keep)
@@ -57,7 +61,7 @@ def test_of_noise_the_largest_score_is_as_expected(threshold, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     y = columns @ torch.randn(COLUMNS, 300, generator=generator) * PENALTY**-0.5 + torch.randn(400, 300, generator=generator)
     monkeypatch.setattr(additive, "THRESHOLD", threshold)
-    share = float((regression(columns, y).single_out(values, (PENALTY, PENALTY), 0.75) != 0).any(0).float().mean())
+    share = float((singled_out(regression(columns, y), values) != 0).any(0).float().mean())
     expected = 1 - math.erf(threshold * math.sqrt(math.log(VALUES))) ** VALUES
     assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 300))
 
@@ -76,7 +80,7 @@ def test_values_that_stand_out_are_found_and_predict_new_records(kind, much, bou
         if kind == "binary":
             y = (torch.rand(y.shape, generator=torch.Generator().manual_seed(8)) < torch.sigmoid(predictor - predictor.mean(0))).float()
         model = regression(columns, y, kind, torch.rand(y.shape, generator=torch.Generator().manual_seed(9)) >= missing)
-        slope_VD = model.single_out(values, (PENALTY, PENALTY), 0.75)
+        slope_VD = singled_out(model, values)
         dense, both = model.solve(PENALTY, PENALTY), model.solve(PENALTY, PENALTY, values @ slope_VD)
         new_columns, new_values, truth, _ = problem(7, slope)
         found[slope] = error(new_columns @ dense[0], truth), error(new_columns @ both[0] + new_values @ slope_VD, truth)
@@ -89,7 +93,7 @@ def test_what_the_dense_part_knows_already_is_left_to_it():
     """A value that is a sum of columns: a slope could grow for ever against weights that take it back."""
     columns, values, _, y = problem(1, 0.4)
     values[:, 0] = columns[:, :20].sum(1)
-    slope_VD = regression(columns, y).single_out(values, (0.01, 0.01), 0.75)
+    slope_VD = singled_out(regression(columns, y), values, 0.01)
     assert slope_VD[0].abs().max() < 0.05 < slope_VD[1:].abs().max()
 
 
