@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.gaussian import Components, Gaussian
 from mmimpute.model.networks import CLIP, Code
-from mmimpute.model.sparse import SOURCES, THRESHOLD, Dense, single_out
+from mmimpute.model.sparse import SOURCES
 
+MOST_PAIRED = 128  # numbers, up to which their products are looked at: their work grows with the square
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
-MASKED_STEPS = 20  # of majorisation-minimisation where single targets are missing; what 6 left over seemed to stand out (sparse.py)
-NEWTON_STEPS = 25  # of L-BFGS on the preconditioned logistic regressions
 
 
 class Additive(nn.Module):
-    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself. source_j, slope_j (E, D_j, S): which
-    values of the wide modalities its features follow, and how far."""
+    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself. source_j (E, D_j, S, 1) and slope_j
+    (E, D_j, S): which values of the wide modalities its features follow, and how far; pair_j (E, D_j, S, 2) and product_j (E, D_j, S): the
+    products of which two numbers."""
 
     def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
         super().__init__()
@@ -38,21 +38,26 @@ class Additive(nn.Module):
             1 + (code.width if read else c.basis_EDQ.shape[2]) for read, code, c in zip(self.read, codes, components, strict=True)
         ]
         self.wide = [not read and not m.structured for read, m in zip(self.read, config.modalities, strict=True)]
+        numbers = [code.layout[0] if read and code.layout[1] else 0 for code, read in zip(codes, self.read, strict=True)]
+        self.paired = [n > 0 and sum(numbers) <= MOST_PAIRED for n in numbers]  # of those with ramps
+        singles, products = SOURCES * any(self.wide), SOURCES * any(self.paired)
         for j, m in enumerate(config.modalities):
             targets = 0 if m.structured else m.width
-            self.register_buffer(f"source_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide), dtype=torch.long))
-            self.register_buffer(f"slope_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide)))
+            for source, slope, places, values in (("source", "slope", singles, 1), ("pair", "product", products, 2)):
+                self.register_buffer(f"{source}_{j}", torch.zeros(config.members, targets, places, values, dtype=torch.long))
+                self.register_buffer(f"{slope}_{j}", torch.zeros(config.members, targets, places))
             self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), targets))
             self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, targets))
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
 
     def columns(self, completed_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> tuple[Tensor, Tensor]:
-        """Every modality's encoded values (ramps, levels and holes), or components, and a flag, (E, B, C); wide ones' values, (E, B, V).
+        """Every modality's encoded values (ramps, levels and holes), or components, and a flag, (E, B, C); single values that may be picked
+        from, (E, B, V): those of wide modalities, then the numbers that products are made of, 0 where they are missing.
 
         completed_EBP: by the Gaussian.
         """
-        out, values = [], [completed_EBP[..., :0]]
+        out, values, numbers = [], [completed_EBP[..., :0]], []
         parts = completed_EBP.split(gaussian.sizes, -1)
         for j, (code, component, part) in enumerate(zip(codes, gaussian.components, parts, strict=True)):
             present_B1 = observed[j].any(1, keepdim=True)
@@ -63,8 +68,11 @@ class Additive(nn.Module):
                 out.append(torch.where(present_B1, component.scores(z[j]), padded))
             if self.wide[j]:
                 values.append(self._filled(z[j], observed[j], component, part))
+            if self.paired[j]:
+                known_BD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), 0.0)
+                numbers.append(known_BD.index_select(-1, code.numeric_F).expand(len(part), -1, -1))
             out.append((self.pattern * (present_B1.to(part.dtype) - 0.5)).expand(*part.shape[:-1], 1))
-        return torch.cat(out, -1), torch.cat(values, -1)
+        return torch.cat(out, -1), torch.cat(values + numbers, -1)
 
     @staticmethod
     def _filled(z_BD: Tensor, observed_BD: Tensor, component: Components, part_EBQ: Tensor) -> Tensor:
@@ -78,9 +86,10 @@ class Additive(nn.Module):
     def forward(self, j: int, columns_EBC: Tensor, values_EBV: Tensor) -> Tensor:
         """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
         found_EBD = torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
-        if not values_EBV.shape[2]:
-            return found_EBD
-        return found_EBD + picked(values_EBV, getattr(self, f"source_{j}"), getattr(self, f"slope_{j}"))
+        for source, slope in (("source", "slope"), ("pair", "product")):
+            if getattr(self, f"{slope}_{j}").shape[2]:
+                found_EBD += picked(values_EBV, getattr(self, f"{source}_{j}"), getattr(self, f"{slope}_{j}"))
+        return found_EBD
 
     def own(self, j: int) -> slice:
         start = sum(self.widths[:j])
@@ -98,9 +107,12 @@ class Additive(nn.Module):
         """Which columns are a single value, (C,)."""
         out = []
         for read, code, width in zip(self.read, codes, self.widths, strict=True):
-            numbers, ramps, levels, holes = code.layout if read else (0, 0, 0, width - 1)
-            out += [True] * numbers + [False] * (ramps + levels + holes + 1)
-        return torch.tensor(out)
+            out.append(torch.arange(width) < (code.layout[0] if read else 0))
+        return torch.cat(out)
+
+    @property
+    def wide_values(self) -> int:
+        return self.own_values(len(self.wide) - 1).stop
 
     def own_values(self, j: int) -> slice:
         """Of the wide modalities' values."""
@@ -108,108 +120,25 @@ class Additive(nn.Module):
         return slice(sum(widths[:j]), sum(widths))
 
     @torch.no_grad()
-    def set_member(self, member: int, j: int, weight_CD: Tensor, bias_D: Tensor, slope_VD: Tensor) -> None:
-        """One member's solution; slope: of the wide modalities' values."""
+    def set_member(
+        self, member: int, j: int, weight_CD: Tensor, bias_D: Tensor, slope_VD: Tensor, product_PD: Tensor, pair_2P: Tensor
+    ) -> None:
+        """One member's solution; slope: of the wide modalities' values; product: of products of numbers."""
         getattr(self, f"weight_{j}")[member], getattr(self, f"bias_{j}")[member, 0] = weight_CD, bias_D
-        source_SD = slope_VD.abs().topk(min(SOURCES, len(slope_VD)), 0).indices
-        getattr(self, f"source_{j}")[member, :, : len(source_SD)] = source_SD.T
-        getattr(self, f"slope_{j}")[member, :, : len(source_SD)] = slope_VD.gather(0, source_SD).T
+        values = "source", "slope", torch.arange(len(slope_VD))[:, None], slope_VD
+        products = "pair", "product", pair_2P.T, product_PD
+        for source, slope, place_VT, how_far_VD in (values, products):
+            largest_SD = how_far_VD.abs().topk(min(SOURCES, len(how_far_VD)), 0).indices
+            getattr(self, f"{source}_{j}")[member, :, : len(largest_SD)] = place_VT[largest_SD.T]
+            getattr(self, f"{slope}_{j}")[member, :, : len(largest_SD)] = how_far_VD.gather(0, largest_SD).T
 
 
-def picked(values_EBV: Tensor, source_EDS: Tensor, slope_EDS: Tensor) -> Tensor:
-    """Slopes times their values, summed over sources, (E, B, D)."""
+def picked(values_EBV: Tensor, source_EDST: Tensor, slope_EDS: Tensor) -> Tensor:
+    """Slopes times the products of T values, summed over sources, (E, B, D)."""
     member_Z, feature_Z, place_Z = slope_EDS.nonzero(as_tuple=True)
-    chosen = (member_Z, feature_Z, place_Z)
-    terms_ZB = values_EBV[member_Z, :, source_EDS[chosen]] * slope_EDS[chosen][:, None]
+    terms_ZB = slope_EDS[member_Z, feature_Z, place_Z][:, None]
+    for source_Z in source_EDST[member_Z, feature_Z, place_Z].unbind(1):
+        terms_ZB = terms_ZB * values_EBV[member_Z, :, source_Z]
     members, features = slope_EDS.shape[:2]
     found = values_EBV.new_zeros(members * features, values_EBV.shape[1]).index_add_(0, member_Z * features + feature_Z, terms_ZB)
     return found.unflatten(0, (members, features)).mT
-
-
-class Regression:
-    """Ridge and logistic regressions of one modality's features on one set of columns, for any penalty.
-
-    The columns are rotated to their principal axes once; in these the penalised problems are nearly separable.
-    """
-
-    def __init__(self, columns_NC: Tensor, z_ND: Tensor, x_ND: Tensor, seen_ND: Tensor, real_D: Tensor, binary_D: Tensor) -> None:
-        self.centre_C = columns_NC.mean(0)
-        centred_NC = (columns_NC - self.centre_C).double()
-        if len(centred_NC) < centred_NC.shape[1]:
-            values_R, left_NR = torch.linalg.eigh(centred_NC @ centred_NC.T)
-            kept = values_R > 1e-8 * values_R.max()
-            self.axes_CR = centred_NC.T @ (left_NR[:, kept] / values_R[kept].sqrt())
-            self.values_R = values_R[kept]
-        else:
-            self.values_R, self.axes_CR = torch.linalg.eigh(centred_NC.T @ centred_NC)
-            self.values_R = self.values_R.clamp_min(0)
-        self.rotated_NR = (centred_NC @ self.axes_CR).float()
-        self.z_ND, self.x_ND, self.seen_ND = z_ND, x_ND, seen_ND.float()
-        self.real_D, self.binary_D = real_D, binary_D
-
-    def solve(self, penalty: float, logistic_penalty: float, sparse_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance. sparse: what single values
-        explain already.
-        """
-        sparse_ND = torch.zeros_like(self.z_ND) if sparse_ND is None else sparse_ND
-        weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.real_D))
-        bias_D = self.rotated_NR.new_zeros(len(self.real_D))
-        if self.real_D.any():
-            weight_RD[:, self.real_D], bias_D[self.real_D] = self._ridge(self.real_D, penalty, sparse_ND)
-        if self.binary_D.any():
-            weight_RD[:, self.binary_D], bias_D[self.binary_D] = self._logistic(self.binary_D, logistic_penalty, sparse_ND)
-        weight_CD = (self.axes_CR @ weight_RD.double()).float()
-        return weight_CD, bias_D - self.centre_C @ weight_CD
-
-    def single_out(self, values_NV: Tensor, penalty: float, dense: tuple[Tensor, Tensor], code_threshold: float) -> Tensor:
-        """Slopes of values that stand out of a solution (weight and bias), (V, D); see sparse.py. penalty: of real features."""
-        weight_CD, bias_D = dense
-        eta_ND = bias_D + self.centre_C @ weight_CD + self.rotated_NR @ (self.axes_CR.T.float() @ weight_CD)
-        shrunk_R1 = 1 / (self.values_R.float() + penalty)[:, None]
-        slope_VD = eta_ND.new_zeros(values_NV.shape[1], len(bias_D))
-        keep = lambda t: t - self.rotated_NR @ (shrunk_R1 * (self.rotated_NR.T @ t))  # noqa: E731
-        numbers = self.real_D, self.z_ND.clamp(-2 * CLIP, 2 * CLIP), keep, THRESHOLD
-        codes = self.binary_D, self.x_ND, None, code_threshold
-        for kind_D, target_ND, kept, threshold in (numbers, codes):
-            if kind_D.any():
-                solution = Dense(eta_ND[:, kind_D], target_ND[:, kind_D], self.seen_ND[:, kind_D], kept)
-                slope_VD[:, kind_D] = single_out(values_NV, solution, threshold)
-        return slope_VD
-
-    def _ridge(self, kind_D: Tensor, penalty: float, sparse_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Missing targets by majorisation-minimisation: the step's matrix is that of all records, so one fits all features."""
-        y_NF, seen_NF = (self.z_ND.clamp(-2 * CLIP, 2 * CLIP) - sparse_ND)[:, kind_D], self.seen_ND[:, kind_D]
-        count_F = seen_NF.sum(0).clamp_min(1)
-        values_R1 = self.values_R[:, None].float()
-        bias_F = (y_NF * seen_NF).sum(0) / count_F
-        weight_RF = torch.zeros(len(values_R1), int(kind_D.sum()))
-        for step in range(1 if bool(seen_NF.all()) else MASKED_STEPS):
-            error_NF = seen_NF * (y_NF - bias_F - self.rotated_NR @ weight_RF)
-            curvature = values_R1 * count_F / len(y_NF) if step == 0 else values_R1
-            weight_RF = weight_RF + (self.rotated_NR.T @ error_NF - penalty * weight_RF) / (curvature + penalty)
-            bias_F = bias_F + (seen_NF * (y_NF - bias_F - self.rotated_NR @ weight_RF)).sum(0) / count_F
-        return weight_RF, bias_F
-
-    def _logistic(self, kind_D: Tensor, penalty: float, sparse_ND: Tensor) -> tuple[Tensor, Tensor]:
-        y_NF, seen_NF = self.x_ND[:, kind_D], self.seen_ND[:, kind_D]
-        chance_F = ((y_NF * seen_NF).sum(0) / seen_NF.sum(0).clamp_min(1)).clamp(1e-3, 1 - 1e-3)
-        variance_F = chance_F * (1 - chance_F)
-        scale_RF = ((self.values_R[:, None].float() + penalty) * variance_F).rsqrt()  # Newton's at the start
-        steps_RF = torch.zeros_like(scale_RF, requires_grad=True)
-        bias_F = torch.logit(chance_F).requires_grad_(True)
-        optimiser = torch.optim.LBFGS(
-            [steps_RF, bias_F], max_iter=NEWTON_STEPS, history_size=8, line_search_fn="strong_wolfe", tolerance_grad=1e-3
-        )
-
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            weight_RF = steps_RF * scale_RF
-            logit_NF = bias_F + sparse_ND[:, kind_D] + self.rotated_NR @ weight_RF
-            nats_NF = fn.binary_cross_entropy_with_logits(logit_NF, y_NF, reduction="none")
-            value = (nats_NF * seen_NF).sum() + 0.5 * (penalty * variance_F * weight_RF.square()).sum()
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            optimiser.step(loss)
-        return (steps_RF * scale_RF).detach(), bias_F.detach()

@@ -5,10 +5,10 @@ import torch
 from cohorts import mixed_model
 from scipy.stats import multivariate_normal
 
-from mmimpute.model.additive import Regression
 from mmimpute.model.blocks import block_scales, negative_log_likelihood
 from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
+from mmimpute.model.regression import Regression
 
 WIDTHS, SPREAD = (20, 60, 15), (1.0, 0.0, 0.3)  # columns of each block, and the deviation of their weights
 
