@@ -39,7 +39,7 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -54,7 +54,6 @@ from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
 from mmimpute.model.networks import CLIP
 from mmimpute.model.regression import Regression
-from mmimpute.model.sparse import Candidates, best_pairs
 from mmimpute.model.stack import GAP, WHOLE, Beliefs, Target
 from mmimpute.model.vae import MultiModalVAE
 
@@ -185,56 +184,59 @@ def _gaussian_error(data: Assembly, shrinkage: float) -> float:
 
 
 def fit_additive(data: Assembly) -> None:
-    """Each modality's regressions per member; the columns' scales come from member 0's records, and the penalty, of numbers and of codes,
-    and how far single values of codes have to stand out, are those that judge it best."""
-    additive = data.imputer.additive
+    """Each modality's regressions per member. The columns' scales come from member 0's records; the penalties of numbers and of codes, and
+    `_best_settings`, are those that judge it best."""
 
     def fit(j: int) -> None:
-        scale_C = penalties = threshold = None
-        narrow_C = _without_own(data, j, additive.singles(data.imputer.vae.code))
+        scale_C = penalties = settings = None
         for member in range(data.members):
             rows = data.learners(member, j)
             if not len(rows):
                 continue
-            columns_NC, value_NW = _columns(data, j, member, rows)
+            columns_NC, single_NV = _columns(data, j, member, rows)
             if scale_C is None:
                 scale_C = _scales(data, j, columns_NC, rows)
             regression = _regression(data, j, columns_NC * scale_C, rows)
             penalties = penalties or _best_penalties(data, j, regression, scale_C)
-            dense = regression.solve(*penalties)
-            pair_2P, tried = best_pairs(value_NW[:, additive.wide_values :], regression.left(dense))
-            candidates = Candidates(narrow_C.nonzero().squeeze(1), additive.wide_values, additive.wide_values + pair_2P, tried)
-            solved = partial(_solved, regression, scale_C, candidates.values(columns_NC, value_NW), candidates, penalties, dense)
-            threshold = threshold or _best_threshold(data, j, solved, candidates)
-            weight_CD, bias_D, slope_VD = solved(threshold)
-            narrow_UD, wide_WD, product_PD = candidates.parts(slope_VD)
-            weight_CD[narrow_C] += narrow_UD
-            additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, wide_WD, product_PD, candidates.pair_2P)
+            slopes = partial(regression.single_out, single_NV, penalties[0], regression.solve(*penalties))
+            solved = cache(partial(_solved, regression, scale_C, single_NV, penalties, cache(slopes)))
+            settings = settings or _best_settings(data, j, solved)
+            weight_CD, bias_D, slope_VD = solved(*settings)
+            narrow_C = _narrow(data, j)
+            weight_CD[narrow_C] += slope_VD[: int(narrow_C.sum())]
+            data.imputer.additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, slope_VD[int(narrow_C.sum()) :])
 
     data.each(fit)
 
 
 def _columns(data: Assembly, j: int, member: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A member's columns of other modalities for some records, with modality j hidden, (N, C), and single values, (N, W)."""
+    """A member's columns of other modalities for some records, with modality j hidden, (N, C), and all single values of them, those of
+    narrow modalities, which are columns, before those of wide ones, (N, V)."""
     inputs = data.imputer.vae.inputs([x[rows] for x in data.x], data.hidden(rows, j))
     with torch.no_grad():
-        _, columns_ENC, value_ENW = data.singles[member].linear(inputs)
-    value_ENW[..., data.imputer.additive.own_values(j)] = 0
-    return _without_own(data, j, columns_ENC[0]), value_ENW[0]
+        _, columns_ENC, wide_ENV = data.singles[member].linear(inputs)
+    wide_ENV[..., data.imputer.additive.own_values(j)] = 0
+    columns_NC = _without_own(data, j, columns_ENC[0])
+    return columns_NC, torch.cat([columns_NC[:, _narrow(data, j)], wide_ENV[0]], 1)
+
+
+def _narrow(data: Assembly, j: int) -> Tensor:
+    """Which columns are single values, (C,)."""
+    return _without_own(data, j, data.imputer.additive.singles(data.imputer.vae.code))
 
 
 def _solved(
     regression: Regression,
     scale_C: Tensor,
-    values_NV: Tensor,
-    candidates: Candidates,
+    single_NV: Tensor,
     penalties: tuple[float, float],
-    dense: tuple[Tensor, Tensor],
-    threshold: float,
+    slopes: Callable[[float], Tensor],
+    code_threshold: float,
+    apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of columns (C, D), bias (D,) and slopes of candidates (V, D). dense: the solution without these."""
-    slope_VD = regression.single_out(values_NV, candidates.noise(values_NV), penalties[0], dense, threshold)
-    weight_CD, bias_D = regression.solve(*penalties, values_NV @ slope_VD)
+    """Weights of columns (C, D), bias (D,) and slopes of single values (V, D). slopes: by the threshold of codes."""
+    slope_VD = slopes(code_threshold)
+    weight_CD, bias_D = regression.solve(*penalties, single_NV @ slope_VD, apart)
     return scale_C[:, None] * weight_CD, bias_D, slope_VD
 
 
@@ -277,16 +279,19 @@ def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Ten
     return tuple(min(losses, key=lambda p, kind=kind: losses[p][kind]) for kind in (0, 1))
 
 
-def _best_threshold(data: Assembly, j: int, solved: Callable[[float], tuple[Tensor, Tensor, Tensor]], candidates: Candidates) -> float:
-    """Of codes; solved: member 0's `_solved` by threshold."""
-    if not bool(getattr(data.imputer.additive, f"binary_{j}").any()):
-        return sparse.THRESHOLD
+def _best_settings(data: Assembly, j: int, solved: Callable[[float, bool], tuple[Tensor, Tensor, Tensor]]) -> tuple[float, bool]:
+    """How far single values of codes have to stand out, and whether real features' principal components are regressed apart; solved: member
+    0's `_solved` by these."""
     rows = data.judges(0, j)
-    (columns_RC, value_RW), losses = _columns(data, j, 0, rows), {}
-    for threshold in CODE_THRESHOLDS:
-        weight_CD, bias_D, slope_VD = solved(threshold)
-        losses[threshold] = _losses(data, j, rows, columns_RC @ weight_CD + bias_D + candidates.values(columns_RC, value_RW) @ slope_VD)[1]
-    return min(losses, key=losses.get)
+    columns_RC, single_RV = _columns(data, j, 0, rows)
+
+    def losses(code_threshold: float, apart: bool) -> tuple[float, float]:
+        weight_CD, bias_D, slope_VD = solved(code_threshold, apart)
+        return _losses(data, j, rows, columns_RC @ weight_CD + bias_D + single_RV @ slope_VD)
+
+    real, binary = (bool(getattr(data.imputer.additive, f"{kind}_{j}").any()) for kind in ("real", "binary"))
+    code_threshold = min(CODE_THRESHOLDS, key=lambda t: losses(t, False)[1]) if binary else sparse.THRESHOLD
+    return code_threshold, real and losses(code_threshold, True)[0] < losses(code_threshold, False)[0]
 
 
 def _losses(data: Assembly, j: int, rows: Tensor, guess_ND: Tensor) -> tuple[float, float]:

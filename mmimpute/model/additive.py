@@ -20,14 +20,12 @@ from mmimpute.model.gaussian import Components, Gaussian
 from mmimpute.model.networks import CLIP, Code
 from mmimpute.model.sparse import SOURCES
 
-MOST_PAIRED = 128  # numbers, up to which their products are looked at: their work grows with the square
 WIDEST = 160  # modalities up to this width are read feature by feature, wider ones by their components
 
 
 class Additive(nn.Module):
-    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself. source_j (E, D_j, S, 1) and slope_j
-    (E, D_j, S): which values of the wide modalities its features follow, and how far; pair_j (E, D_j, S, 2) and product_j (E, D_j, S): the
-    products of which two numbers."""
+    """weight_j (E, C, D_j) and bias_j (E, 1, D_j) per modality j; zero for the columns of j itself. source_j, slope_j (E, D_j, S): which
+    values of the wide modalities its features follow, and how far."""
 
     def __init__(self, config: ModelConfig, codes: Sequence[Code], components: Sequence[Components]) -> None:
         super().__init__()
@@ -38,26 +36,21 @@ class Additive(nn.Module):
             1 + (code.width if read else c.basis_EDQ.shape[2]) for read, code, c in zip(self.read, codes, components, strict=True)
         ]
         self.wide = [not read and not m.structured for read, m in zip(self.read, config.modalities, strict=True)]
-        numbers = [code.layout[0] if read and code.layout[1] else 0 for code, read in zip(codes, self.read, strict=True)]
-        self.paired = [n > 0 and sum(numbers) <= MOST_PAIRED for n in numbers]  # of those with ramps
-        singles, products = SOURCES * any(self.wide), SOURCES * any(self.paired)
         for j, m in enumerate(config.modalities):
             targets = 0 if m.structured else m.width
-            for source, slope, places, values in (("source", "slope", singles, 1), ("pair", "product", products, 2)):
-                self.register_buffer(f"{source}_{j}", torch.zeros(config.members, targets, places, values, dtype=torch.long))
-                self.register_buffer(f"{slope}_{j}", torch.zeros(config.members, targets, places))
+            self.register_buffer(f"source_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide), dtype=torch.long))
+            self.register_buffer(f"slope_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide)))
             self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), targets))
             self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, targets))
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
 
     def columns(self, completed_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> tuple[Tensor, Tensor]:
-        """Every modality's encoded values (ramps, levels and holes), or components, and a flag, (E, B, C); single values that may be picked
-        from, (E, B, V): those of wide modalities, then the numbers that products are made of, 0 where they are missing.
+        """Every modality's encoded values (ramps, levels and holes), or components, and a flag, (E, B, C); wide ones' values, (E, B, V).
 
         completed_EBP: by the Gaussian.
         """
-        out, values, numbers = [], [completed_EBP[..., :0]], []
+        out, values = [], [completed_EBP[..., :0]]
         parts = completed_EBP.split(gaussian.sizes, -1)
         for j, (code, component, part) in enumerate(zip(codes, gaussian.components, parts, strict=True)):
             present_B1 = observed[j].any(1, keepdim=True)
@@ -68,11 +61,8 @@ class Additive(nn.Module):
                 out.append(torch.where(present_B1, component.scores(z[j]), padded))
             if self.wide[j]:
                 values.append(self._filled(z[j], observed[j], component, part))
-            if self.paired[j]:
-                known_BD = torch.where(observed[j], z[j].clamp(-CLIP, CLIP), 0.0)
-                numbers.append(known_BD.index_select(-1, code.numeric_F).expand(len(part), -1, -1))
             out.append((self.pattern * (present_B1.to(part.dtype) - 0.5)).expand(*part.shape[:-1], 1))
-        return torch.cat(out, -1), torch.cat(values + numbers, -1)
+        return torch.cat(out, -1), torch.cat(values, -1)
 
     @staticmethod
     def _filled(z_BD: Tensor, observed_BD: Tensor, component: Components, part_EBQ: Tensor) -> Tensor:
@@ -86,10 +76,9 @@ class Additive(nn.Module):
     def forward(self, j: int, columns_EBC: Tensor, values_EBV: Tensor) -> Tensor:
         """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
         found_EBD = torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
-        for source, slope in (("source", "slope"), ("pair", "product")):
-            if getattr(self, f"{slope}_{j}").shape[2]:
-                found_EBD += picked(values_EBV, getattr(self, f"{source}_{j}"), getattr(self, f"{slope}_{j}"))
-        return found_EBD
+        if not values_EBV.shape[2]:
+            return found_EBD
+        return found_EBD + picked(values_EBV, getattr(self, f"source_{j}"), getattr(self, f"slope_{j}"))
 
     def own(self, j: int) -> slice:
         start = sum(self.widths[:j])
@@ -107,12 +96,9 @@ class Additive(nn.Module):
         """Which columns are a single value, (C,)."""
         out = []
         for read, code, width in zip(self.read, codes, self.widths, strict=True):
-            out.append(torch.arange(width) < (code.layout[0] if read else 0))
-        return torch.cat(out)
-
-    @property
-    def wide_values(self) -> int:
-        return self.own_values(len(self.wide) - 1).stop
+            numbers, ramps, levels, holes = code.layout if read else (0, 0, 0, width - 1)
+            out += [True] * numbers + [False] * (ramps + levels + holes + 1)
+        return torch.tensor(out)
 
     def own_values(self, j: int) -> slice:
         """Of the wide modalities' values."""
@@ -120,25 +106,19 @@ class Additive(nn.Module):
         return slice(sum(widths[:j]), sum(widths))
 
     @torch.no_grad()
-    def set_member(
-        self, member: int, j: int, weight_CD: Tensor, bias_D: Tensor, slope_VD: Tensor, product_PD: Tensor, pair_2P: Tensor
-    ) -> None:
-        """One member's solution; slope: of the wide modalities' values; product: of products of numbers."""
+    def set_member(self, member: int, j: int, weight_CD: Tensor, bias_D: Tensor, slope_VD: Tensor) -> None:
+        """One member's solution; slope: of the wide modalities' values."""
         getattr(self, f"weight_{j}")[member], getattr(self, f"bias_{j}")[member, 0] = weight_CD, bias_D
-        values = "source", "slope", torch.arange(len(slope_VD))[:, None], slope_VD
-        products = "pair", "product", pair_2P.T, product_PD
-        for source, slope, place_VT, how_far_VD in (values, products):
-            largest_SD = how_far_VD.abs().topk(min(SOURCES, len(how_far_VD)), 0).indices
-            getattr(self, f"{source}_{j}")[member, :, : len(largest_SD)] = place_VT[largest_SD.T]
-            getattr(self, f"{slope}_{j}")[member, :, : len(largest_SD)] = how_far_VD.gather(0, largest_SD).T
+        source_SD = slope_VD.abs().topk(min(SOURCES, len(slope_VD)), 0).indices
+        getattr(self, f"source_{j}")[member, :, : len(source_SD)] = source_SD.T
+        getattr(self, f"slope_{j}")[member, :, : len(source_SD)] = slope_VD.gather(0, source_SD).T
 
 
-def picked(values_EBV: Tensor, source_EDST: Tensor, slope_EDS: Tensor) -> Tensor:
-    """Slopes times the products of T values, summed over sources, (E, B, D)."""
+def picked(values_EBV: Tensor, source_EDS: Tensor, slope_EDS: Tensor) -> Tensor:
+    """Slopes times their values, summed over sources, (E, B, D)."""
     member_Z, feature_Z, place_Z = slope_EDS.nonzero(as_tuple=True)
-    terms_ZB = slope_EDS[member_Z, feature_Z, place_Z][:, None]
-    for source_Z in source_EDST[member_Z, feature_Z, place_Z].unbind(1):
-        terms_ZB = terms_ZB * values_EBV[member_Z, :, source_Z]
+    chosen = (member_Z, feature_Z, place_Z)
+    terms_ZB = values_EBV[member_Z, :, source_EDS[chosen]] * slope_EDS[chosen][:, None]
     members, features = slope_EDS.shape[:2]
     found = values_EBV.new_zeros(members * features, values_EBV.shape[1]).index_add_(0, member_Z * features + feature_Z, terms_ZB)
     return found.unflatten(0, (members, features)).mT

@@ -9,10 +9,6 @@ no z-score is above a share of sqrt(2 log V), the size of the largest of V that 
 are taken as fixed meanwhile (K = I), and a code counts as if one record more spoke against it, or pairs of rare codes would seem to be
 sure.
 
-Products of two numbers are candidates, too: what two say together is in no sum of curves. Only of numbers that are observed, and of
-modalities of real features: codes are many and their products rare. As they are many more than features can follow, noise is counted over
-all features of a modality, or a thousand genes would each find one of 136 products of clinical values.
-
 Skill of 20% of the training people, complete, without the sparse part and with it: tcga 0.0 .1731 -> .1816, 0.5 .1210 -> .1258; eicu 0.0
 .1400 -> .1421, 0.5 .0792 -> .0816; nhanes 0.0 .2756 -> .2763, 0.5 .2403 -> .2421; pbcseq .1565 -> .1567. Of numbers alone, tcga 0.0 by
 THRESHOLD 1, .85, .75, .6, .45: .1768 .1786 .1790 .1787 .1769. Of codes alone by .6, .45, .3, .15: tcga's clinical .1297 .1335 .1375 .1407,
@@ -20,13 +16,11 @@ its mutations .0566 .0572 .0593 .0569, eicu 0.0 .1413 .1418 .1421 .1413; .3 for 
 where nothing stands out it costs a logistic regression of 3,000 records a tenth to a half of its skill. Without the one record more, at
 .4, eicu 0.5 .0798. Values that are missing are the Gaussian expert's: with 0 in their place eicu 0.5 .0782, tcga 0.0 .1811. Ramps as
 candidates, too: nhanes 0.0 .2772, 0.5 .2424, eicu 0.5 .0804. Not kept: the same slopes fitted to the stack's out-of-fold errors (tcga 0.0
-.1752); a second round, or the ridge's penalty judged with the sparse part (within .0006).
+.1752); a second round, or the ridge's penalty judged with the sparse part (within .0006); products of two observed numbers as candidates:
+of the same people nhanes 0.0 +.0010, 0.5 +.0006, pbcseq +.0017, eicu +.0002, 0.5 -.0005, tcga 0.5 -.0001, but of test rows nhanes .0000,
+pbcseq +.0009, 0.5 -.0005, eicu -.0001, 0.5 -.0004, a tenth more time and a second way of picking values at inference.
 
-Products, before and after: nhanes 0.0 .2767 -> .2777, 0.5 .2417 -> .2423, pbcseq .1564 -> .1581, tcga 0.5 .1269 -> .1268, eicu 0.0 .1421 ->
-.1423, 0.5 .0816 -> .0811. Products of the Gaussian's conditional means where values are missing: tcga 0.5 .1262 instead of .1265 (noise of
-one feature at a time, a third higher). Of numbers and ramps: nhanes +.0003 for a third more time.
-
-Shape suffixes: N records, V values, P products, U numbers, F features of one kind, A those of them that still follow more.
+Shape suffixes: N records, V values, F features of one kind, A those of them that still follow more.
 """
 
 import math
@@ -38,7 +32,6 @@ from torch import Tensor
 
 THRESHOLD = 0.75  # share of the largest score of noise, of real features; of codes see stacking.py
 LEAST_KEPT = 0.05  # of a value, after the dense part has taken its share
-SCREENED = 16  # products that are looked at, of each feature
 SOURCES = 16  # single values that a feature may follow; 48 gain nothing
 PACE = 0.3  # of a stagewise step, of the whole step to the best slope
 STEPS = 100
@@ -54,67 +47,19 @@ class Dense:
     keep: Callable[[Tensor], Tensor] | None  # times K; None of logistic regressions
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What may stand out: columns that are single values, the values of wide modalities, products of two numbers; in this order."""
-
-    narrow_U: Tensor  # columns
-    wide: int  # so many of the values that are not columns; after them come numbers
-    pair_2P: Tensor  # of those numbers
-    tried: int  # products that these are the best of, times features
-
-    def values(self, columns_NC: Tensor, value_NW: Tensor) -> Tensor:
-        """(N, V)."""
-        first_NP, second_NP = value_NW[:, self.pair_2P[0]], value_NW[:, self.pair_2P[1]]
-        return torch.cat([columns_NC[:, self.narrow_U], value_NW[:, : self.wide], first_NP * second_NP], 1)
-
-    def parts(self, slope_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of columns, wide modalities' values and products."""
-        return slope_VD.split((len(self.narrow_U), self.wide, self.pair_2P.shape[1]))
-
-    def noise(self, value_NV: Tensor) -> Tensor:
-        """How large the largest z-score of its kind would be of noise, (V,): of a feature's for single values, of all features' for
-        products. A product's is more by what one record more would make of it: few hold its extremes."""
-        singles = len(self.narrow_U) + self.wide
-        squares_NP = (value_NV[:, singles:] - value_NV[:, singles:].mean(0)).square()
-        one_P = squares_NP.amax(0) / squares_NP.sum(0).clamp_min(1e-3)
-        return torch.cat([value_NV.new_full((singles,), largest(singles)), largest(self.tried) * (1 + one_P).sqrt()])
-
-
-def largest(count: int) -> float:
-    """Of so many scores of noise."""
-    return math.sqrt(2 * math.log(max(2, count)))
-
-
-def best_pairs(numbers_NU: Tensor, left_NF: Tensor) -> tuple[Tensor, int]:
-    """Pairs of numbers whose product goes most with what the dense part leaves of some feature, (2, P): SCREENED of each feature. And how
-    many products have been tried, times features."""
-    first, second = torch.triu_indices(numbers_NU.shape[1], numbers_NU.shape[1], 1)
-    scores = [left_NF.new_zeros(0, left_NF.shape[1])]
-    for number in range(numbers_NU.shape[1]):  # all pairs at a time would take too much memory
-        product_NP = numbers_NU[:, number : number + 1] * numbers_NU[:, number + 1 :]
-        product_NP -= product_NP.mean(0)
-        scores.append((product_NP.T @ left_NF).abs() / product_NP.norm(dim=0)[:, None].clamp_min(1e-3))
-    score_PF = torch.cat(scores)
-    best = score_PF.topk(min(SCREENED, len(score_PF)), 0).indices.unique()
-    return torch.stack([first[best], second[best]]), score_PF.numel()
-
-
-def single_out(values_NV: Tensor, dense: Dense, limit_V: Tensor) -> Tensor:
-    """Slopes of the values that stand out of what the dense part explains, (V, F), at most SOURCES of each feature; 0 of the others.
-
-    limit: of each value's z-score, where it begins to stand out.
-    """
+def single_out(values_NV: Tensor, dense: Dense, threshold: float) -> Tensor:
+    """Slopes of the values that stand out of what the dense part explains, (V, F), at most SOURCES of each feature; 0 of the others."""
     centred_NV = values_NV - values_NV.mean(0)
     kept_NV = centred_NV if dense.keep is None else dense.keep(centred_NV)
     power_V = torch.maximum((centred_NV * kept_NV).sum(0), LEAST_KEPT * centred_NV.square().sum(0)).clamp_min(1e-3)
     against = _against_linear if dense.keep else _against_logistic
     eta_NA, active = dense.eta_NF, torch.arange(dense.eta_NF.shape[1])
     slope_VF = values_NV.new_zeros(values_NV.shape[1], len(active))
+    limit = threshold * math.sqrt(2 * math.log(max(2, len(slope_VF))))
     for _ in range(STEPS if len(slope_VF) else 0):
         gradient_VA, curvature_VA, noise_A = against(dense, eta_NA, active, slope_VF[:, active], centred_NV, power_V[:, None])
-        most_A, best_A = (gradient_VA.abs() / (curvature_VA * noise_A).sqrt() / limit_V[:, None]).max(0)
-        on = (most_A > 1).nonzero().squeeze(1)
+        most_A, best_A = (gradient_VA.abs() / (curvature_VA * noise_A).sqrt()).max(0)
+        on = (most_A > limit).nonzero().squeeze(1)
         if not len(on):
             break
         active, best = active[on], best_A[on]

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from cohorts import masks
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from mmimpute.model import regression
+from mmimpute import stacking
+from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, regression
 from mmimpute.model.regression import Regression, component_penalties
+from mmimpute.model.standardise import FeatureStatistics
+from mmimpute.stacking import Assembly, fit_additive, fit_gaussian
 
 SHAPES = [(240, 30), (40, 90)]  # more records than columns, and fewer
 FEATURES = 4
@@ -132,7 +136,7 @@ def test_components_of_one_penalty_are_the_ridge_regression(rows, columns, monke
     explained = c[:, :FEATURES] * 0.3
     monkeypatch.setattr(regression, "PENALTY_RANGE", (0.0, 0.0, 1))
     which = [torch.full((FEATURES,), kind) for kind in (True, False)]
-    weight, bias = Regression(c, y, y, seen, *which).solve(100.0, 100.0, explained)
+    weight, bias = Regression(c, y, y, seen, *which).solve(100.0, 100.0, explained, apart=True)
     torch.testing.assert_close(c @ weight + bias, reference(c, y - explained, seen, "real", 100.0), rtol=1e-4, atol=1e-4)
 
 
@@ -147,10 +151,26 @@ def test_what_features_share_is_foretold_better_than_with_one_penalty(shared, bo
     kinds = torch.ones(features, dtype=torch.bool), torch.zeros(features, dtype=torch.bool)
     model = Regression(c[:150], y[:150], y[:150], torch.ones(150, features, dtype=torch.bool), *kinds)
 
-    def error(penalty: float, sparse: torch.Tensor | None) -> float:
-        weight, bias = model.solve(penalty, penalty, sparse)
+    def error(penalty: float, apart: bool) -> float:
+        weight, bias = model.solve(penalty, penalty, apart=apart)
         return float((c[150:] @ weight + bias - truth[150:]).square().mean())
 
-    one = {penalty: error(penalty, None) for penalty in (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}
+    one = {penalty: error(penalty, False) for penalty in (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}
     best = min(one, key=one.get)
-    assert error(best, torch.zeros(150, features)) < bound * one[best]
+    assert error(best, True) < bound * one[best]
+
+
+def test_where_features_share_what_can_be_foretold_judges_take_components(monkeypatch):
+    """In the model: two modalities, one number of the first in all 40 of the second."""
+    generator = torch.Generator().manual_seed(9)
+    causes = torch.randn(300, 10, generator=generator)
+    features = causes @ torch.randn(10, 1, generator=generator) * 0.3 + torch.randn(300, 40, generator=generator)
+    config = ModelConfig((ModalityConfig("causes", ("real",) * 10), ModalityConfig("features", ("real",) * 40)), 2, 8, 16, 1, 16)
+    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
+    x, chosen = [causes, features], []
+    best = stacking._best_settings
+    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
+    data = Assembly(vae, x, masks(x, share=1.0), torch.arange(300) % 2)
+    fit_gaussian(data)
+    fit_additive(data)
+    assert len(chosen) == 2 and chosen[1][1]

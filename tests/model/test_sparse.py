@@ -8,11 +8,9 @@ from cohorts import masks
 
 from mmimpute import stacking
 from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, regression
-from mmimpute.model.additive import MOST_PAIRED, WIDEST, picked
-from mmimpute.model.gaussian import kept_components
-from mmimpute.model.imputer import Imputer
+from mmimpute.model.additive import WIDEST, picked
 from mmimpute.model.regression import Regression
-from mmimpute.model.sparse import PACE, THRESHOLD, Candidates, Dense, best_pairs, largest, single_out
+from mmimpute.model.sparse import PACE, THRESHOLD, Dense, single_out
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.stacking import CODE_THRESHOLDS, Assembly, fit_additive, fit_gaussian
 
@@ -37,8 +35,7 @@ def fitted(columns, y, kind: str = "real", seen=None) -> Regression:
 
 
 def singled_out(model: Regression, values, penalty: float = PENALTY) -> torch.Tensor:
-    noise = torch.full((values.shape[1],), largest(values.shape[1]))
-    return model.single_out(values, noise, penalty, model.solve(penalty, penalty), 0.75)
+    return model.single_out(values, penalty, model.solve(penalty, penalty), 0.75)
 
 
 def test_no_value_stands_out_of_what_is_left():
@@ -106,100 +103,19 @@ def test_one_record_is_no_link_between_two_rare_codes():
     code, values = torch.zeros(1000, 1), torch.zeros(1000, 400)
     code[:4], values[3:7, 0], values[:4, 1] = 1.0, 1.0, 1.0
     dense = Dense(torch.full((1000, 1), math.log(4 / 996)), code, torch.ones(1000, 1), None)
-    once, always = single_out(values, dense, torch.full((400,), 0.3 * largest(400)))[:2, 0].tolist()
+    once, always = single_out(values, dense, 0.3)[:2, 0].tolist()
     assert once == 0 and always > 2
-    assert single_out(values[:, :1] * 0, dense, torch.ones(1)).tolist() == [[0.0]]
+    assert single_out(values[:, :1] * 0, dense, 0.3).tolist() == [[0.0]]
 
 
 def test_values_are_picked_as_a_matrix_would():
-    """Values, and products of two."""
     generator = torch.Generator().manual_seed(0)
     values, slope = torch.randn(2, 5, 7, generator=generator), torch.randn(2, 3, 4, generator=generator)
-    source = torch.randint(7, (2, 3, 4, 2), generator=generator)
+    source = torch.randint(7, (2, 3, 4), generator=generator)
     slope[:, :, 2] = 0.0
-    one, other = (torch.nn.functional.one_hot(source[..., t], 7).float() for t in (0, 1))
-    firsts, seconds = (torch.einsum("ebv,edsv->ebds", values, t) for t in (one, other))
-    torch.testing.assert_close(picked(values, source[..., :1], slope), (firsts * slope[:, None]).sum(-1))
-    torch.testing.assert_close(picked(values, source, slope), (firsts * seconds * slope[:, None]).sum(-1))
+    expected = torch.einsum("ebv,evd->ebd", values, torch.zeros(2, 7, 3).scatter_add(1, source.mT, slope.mT))
+    torch.testing.assert_close(picked(values, source, slope), expected)
     assert not picked(values, source, torch.zeros_like(slope)).any()
-
-
-# -- products -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_best_pairs_are_those_of_the_largest_correlations(monkeypatch):
-    monkeypatch.setattr("mmimpute.model.sparse.SCREENED", 2)
-    generator = torch.Generator().manual_seed(3)
-    numbers, left = torch.randn(200, 5, generator=generator), torch.randn(200, 3, generator=generator)
-    found, tried = best_pairs(numbers, left)
-    pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
-    products = torch.stack([numbers[:, a] * numbers[:, b] for a, b in pairs])
-    score = torch.corrcoef(torch.cat([products, left.T]))[:10, 10:].abs()
-    expected = {pairs[i] for feature in score.T for i in feature.topk(2).indices.tolist()}
-    assert set(map(tuple, found.T.tolist())) == expected and tried == 30
-    assert best_pairs(numbers[:, :1], left)[0].shape == (2, 0)
-
-
-def test_products_of_noise_stand_out_as_often_as_chance_says():
-    """Of all pairs and features together, at a threshold of .75: scores are nearly normal and nearly independent."""
-    generator = torch.Generator().manual_seed(4)
-    numbers, y = torch.randn(2000, 30, generator=generator), torch.randn(2000, 200, generator=generator)
-    pair, tried = best_pairs(numbers, y - y.mean(0))
-    candidates = Candidates(torch.arange(0), 0, pair, tried)
-    values = candidates.values(numbers[:, :0], numbers)
-    slope = fitted(numbers, y).single_out(values, candidates.noise(values), 1.0, (torch.zeros(30, 200), y.mean(0)), 0.75)
-    expected = tried * math.erfc(THRESHOLD * largest(tried) / math.sqrt(2))
-    assert tried == 200 * 435 and int((slope != 0).sum()) == pytest.approx(expected, abs=4 * math.sqrt(expected))
-
-
-def test_a_product_that_few_records_make_has_to_stand_out_further():
-    values = torch.zeros(100, 3)
-    values[:, 1:] = torch.randn(100, 2, generator=torch.Generator().manual_seed(5))
-    values[0, 2] = 30.0
-    candidates = Candidates(torch.arange(1), 0, torch.tensor([[0, 0], [1, 2]]), 50)
-    single, even, odd = candidates.noise(values).tolist()
-    assert single == pytest.approx(largest(1)) and largest(50) < even < 1.1 * largest(50) < 1.3 * largest(50) < odd
-
-
-def products(width: int, slope: float = 1.0):
-    """An assembled additive expert of one number that is the product of two of another modality's, and what it says of new records: of
-    complete ones, and where the second of them is missing."""
-    generator = torch.Generator().manual_seed(7)
-    numbers = torch.randn(900, width, generator=generator)
-    target = slope * numbers[:, :1] * numbers[:, 1:2] + 0.3 * torch.randn(900, 1, generator=generator)
-    config = ModelConfig((ModalityConfig("n", ("real",) * width), ModalityConfig("t", ("real",))), 2, 8, 16, 1, 16)
-    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
-    x = [numbers, target]
-    observed = masks(x, share=1.0)
-    data = Assembly(vae, [v[:600] for v in x], [o[:600] for o in observed], torch.arange(600) % 2)
-    fit_gaussian(data)
-    fit_additive(data)
-    model, found = data.imputer, []
-    for gap in (False, True):
-        seen = [o[600:].clone() for o in observed]
-        seen[0][:, 1] &= not gap
-        with torch.no_grad():
-            found.append(model.additive(1, *model.linear(vae.inputs([v[600:] for v in x], seen))[1:]).mean(0))
-    return model.additive, found, target[600:]
-
-
-def test_a_product_of_two_numbers_reaches_the_expert():
-    expert, (complete, gap), truth = products(3)
-    assert (complete - truth).square().mean() < 0.2 * truth.square().mean()
-    assert gap.square().mean() < 0.2 * truth.square().mean()  # nothing is known of the product
-    assert expert.pair_1[:, 0, 0].tolist() == [[0, 1], [0, 1]] and (expert.product_1[:, 0, 0] > 0.7).all()
-    assert not expert.product_0.any()
-
-
-def test_of_too_many_numbers_no_products_are_looked_at():
-    config = [ModalityConfig(name, ("real",) * (MOST_PAIRED // 2)) for name in "ab"]
-    for extra, places in (((), True), ((ModalityConfig("c", ("real",)),), False)):
-        shapes = ModelConfig((*config, *extra), 1, 8, 16, 1, 16)
-        vae = MultiModalVAE(shapes, {m.name: FeatureStatistics.blank(m.width) for m in shapes.modalities})
-        assert bool(Imputer(vae, kept_components(shapes, 100)).additive.pair_0.numel()) == places
-
-
-# -- in the model -------------------------------------------------------------------------------------------------------
 
 
 def test_a_wide_modalitys_single_values_reach_the_expert():
@@ -221,7 +137,7 @@ def test_a_wide_modalitys_single_values_reach_the_expert():
         numbers, genes = (model.additive(j, *read).mean(0) for j in (0, 1))
     assert (numbers - new[0]).square().mean() < 0.4
     assert (genes - new[1])[:, [7, 150]].square().mean() < 0.4
-    followed = model.additive.source_0[0, :, 0, 0].tolist(), model.additive.slope_0[0, :, 0]
+    followed = model.additive.source_0[0, :, 0].tolist(), model.additive.slope_0[0, :, 0]
     assert followed[0] == [7, 150] and (followed[1] > 0.5).all()
     assert not model.additive.slope_1.any()  # all that it follows is narrow, and so among the dense weights
 
@@ -235,9 +151,9 @@ def test_the_judges_say_how_far_codes_have_to_stand_out(slope, expected, monkeyp
     config = ModelConfig((ModalityConfig("causes", ("binary",) * 60), ModalityConfig("codes", ("binary",) * 6)), 2, 8, 16, 1, 16)
     vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
     x, chosen = [causes, codes], []
-    best = stacking._best_threshold
-    monkeypatch.setattr(stacking, "_best_threshold", lambda *given: chosen.append(best(*given)) or chosen[-1])
+    best = stacking._best_settings
+    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
     data = Assembly(vae, x, masks(x, share=1.0), torch.arange(600) % 2)
     fit_gaussian(data)
     fit_additive(data)
-    assert chosen[1] == expected
+    assert chosen[1] == (expected, False)
