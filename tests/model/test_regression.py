@@ -25,9 +25,9 @@ def problem(rows: int, columns: int, kind: str, missing: float = 0.0):
     return c, y, torch.rand(y.shape, generator=generator) >= missing
 
 
-def solved(c, y, seen, kind: str, penalty: float):
+def solved(c, y, seen, kind: str, penalty: float, apart: bool = False):
     which = [torch.full((y.shape[1],), kind == k) for k in ("real", "binary")]
-    weight, bias = Regression(c, torch.where(seen, y, 0.0), torch.where(seen, y, 0.0), seen, *which).solve(penalty, penalty)
+    weight, bias = Regression(c, torch.where(seen, y, 0.0), torch.where(seen, y, 0.0), seen, *which).solve(penalty, penalty, apart=apart)
     return weight, bias, c @ weight + bias
 
 
@@ -94,14 +94,15 @@ def test_both_kinds_are_solved_side_by_side():
     assert not weight[:, 6:].any() and not bias[6:].any()
 
 
-def test_targets_that_say_nothing_get_their_mean():
+@pytest.mark.parametrize("apart", [False, True])
+def test_targets_that_say_nothing_get_their_mean(apart):
     """Never observed, constant, or one record only."""
     c, y, seen = problem(30, 5, "real")
     y[:, 1], seen[:, 0], seen[1:, 2] = 2.0, False, False
-    found = solved(c, y, seen, "real", 30.0)[2]
+    found = solved(c, y, seen, "real", 30.0, apart)[2]
     torch.testing.assert_close(found[:, :2], torch.tensor([0.0, 2.0]).expand(30, 2), rtol=1e-5, atol=1e-5)
     assert (found[:, 2] - y[0, 2]).abs().max() < 0.05
-    single = solved(c[:1], y[:1], torch.ones_like(seen[:1]), "real", 30.0)
+    single = solved(c[:1], y[:1], torch.ones_like(seen[:1]), "real", 30.0, apart)
     assert not single[0].any() and torch.equal(single[1], y[0])
 
 
