@@ -4,9 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from mmimpute import stacking
 from mmimpute.model import FeatureStatistics, Imputer, ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.stacking import assemble
 from mmimpute.training import OptimiserSettings, fit_in_memory, schedule
@@ -109,6 +111,25 @@ class LinearGaussian:
         gain = np.linalg.solve(seen, b @ a.T).T
         mean = np.concatenate([x[g].numpy() for g in given], 1) @ gain.T
         return mean, a @ a.T + self.noise**2 * np.eye(len(a)) - gain @ b @ a.T
+
+
+def assembled_additive(x: list[Tensor], kinds: list[str]) -> stacking.Assembly:
+    """The linear experts of two members, fitted to complete records of modalities of one kind each."""
+    modalities = (ModalityConfig(f"m{j}", (kind,) * v.shape[1]) for j, (v, kind) in enumerate(zip(x, kinds, strict=True)))
+    config = ModelConfig(tuple(modalities), 2, 8, 16, 1, 16)
+    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
+    data = stacking.Assembly(vae, x, everything(x), torch.arange(len(x[0])) % 2)
+    stacking.fit_gaussian(data)
+    stacking.fit_additive(data)
+    return data
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, x: list[Tensor], kinds: list[str]) -> list[tuple[float, bool]]:
+    """`stacking._best_settings` of each modality."""
+    chosen, best = [], stacking._best_settings
+    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
+    assembled_additive(x, kinds)
+    return chosen
 
 
 def everything(x: list[Tensor]) -> list[Tensor]:

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from cohorts import masks
+from cohorts import judged
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from mmimpute import stacking
-from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, regression
+from mmimpute.model import regression
 from mmimpute.model.regression import Regression, component_penalties
-from mmimpute.model.standardise import FeatureStatistics
-from mmimpute.stacking import Assembly, fit_additive, fit_gaussian
 
 SHAPES = [(240, 30), (40, 90)]  # more records than columns, and fewer
 FEATURES = 4
@@ -166,12 +163,5 @@ def test_where_features_share_what_can_be_foretold_judges_take_components(monkey
     generator = torch.Generator().manual_seed(9)
     causes = torch.randn(300, 10, generator=generator)
     features = causes @ torch.randn(10, 1, generator=generator) * 0.3 + torch.randn(300, 40, generator=generator)
-    config = ModelConfig((ModalityConfig("causes", ("real",) * 10), ModalityConfig("features", ("real",) * 40)), 2, 8, 16, 1, 16)
-    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
-    x, chosen = [causes, features], []
-    best = stacking._best_settings
-    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
-    data = Assembly(vae, x, masks(x, share=1.0), torch.arange(300) % 2)
-    fit_gaussian(data)
-    fit_additive(data)
+    chosen = judged(monkeypatch, [causes, features], ["real", "real"])
     assert len(chosen) == 2 and chosen[1][1]

@@ -4,15 +4,13 @@ import math
 
 import pytest
 import torch
-from cohorts import masks
+from cohorts import assembled_additive, everything, judged
 
-from mmimpute import stacking
-from mmimpute.model import ModalityConfig, ModelConfig, MultiModalVAE, regression
+from mmimpute.model import regression
 from mmimpute.model.additive import WIDEST, picked
 from mmimpute.model.regression import Regression
 from mmimpute.model.sparse import PACE, THRESHOLD, Dense, single_out
-from mmimpute.model.standardise import FeatureStatistics
-from mmimpute.stacking import CODE_THRESHOLDS, Assembly, fit_additive, fit_gaussian
+from mmimpute.stacking import CODE_THRESHOLDS
 
 ROWS, COLUMNS, VALUES, FEATURES = 300, 40, 60, 8
 PENALTY = COLUMNS / 0.5  # dense weights explain half as much as the noise, whose variance is 1
@@ -124,16 +122,10 @@ def test_a_wide_modalitys_single_values_reach_the_expert():
     width = WIDEST + 40
     wide = torch.randn(260, width, generator=generator)
     narrow = 0.9 * wide[:, [7, 150]] + 0.44 * torch.randn(260, 2, generator=generator)
-    config = ModelConfig((ModalityConfig("n", ("real",) * 2), ModalityConfig("w", ("real",) * width)), 2, 8, 16, 1, 16)
-    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
     x = [narrow, wide]
-    observed = masks(x, share=1.0)
-    data = Assembly(vae, [v[:200] for v in x], [o[:200] for o in observed], torch.arange(200) % 2)
-    fit_gaussian(data)
-    fit_additive(data)
-    model, new = data.imputer, [v[200:] for v in x]
+    model, new = assembled_additive([v[:200] for v in x], ["real", "real"]).imputer, [v[200:] for v in x]
     with torch.no_grad():
-        read = model.linear(vae.inputs(new, [o[200:] for o in observed]))[1:]
+        read = model.linear(model.vae.inputs(new, everything(new)))[1:]
         numbers, genes = (model.additive(j, *read).mean(0) for j in (0, 1))
     assert (numbers - new[0]).square().mean() < 0.4
     assert (genes - new[1])[:, [7, 150]].square().mean() < 0.4
@@ -148,12 +140,4 @@ def test_the_judges_say_how_far_codes_have_to_stand_out(slope, expected, monkeyp
     generator = torch.Generator().manual_seed(2)
     causes = (torch.rand(600, 60, generator=generator) < 0.3).float()
     codes = (torch.rand(600, 6, generator=generator) < torch.sigmoid(slope * causes[:, :6] - 1.5)).float()
-    config = ModelConfig((ModalityConfig("causes", ("binary",) * 60), ModalityConfig("codes", ("binary",) * 6)), 2, 8, 16, 1, 16)
-    vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
-    x, chosen = [causes, codes], []
-    best = stacking._best_settings
-    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
-    data = Assembly(vae, x, masks(x, share=1.0), torch.arange(600) % 2)
-    fit_gaussian(data)
-    fit_additive(data)
-    assert chosen[1] == (expected, False)
+    assert judged(monkeypatch, [causes, codes], ["binary", "binary"])[1] == (expected, False)
