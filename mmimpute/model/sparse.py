@@ -17,8 +17,8 @@ where nothing stands out it costs a logistic regression of 3,000 records a tenth
 .4, eicu 0.5 .0798. Values that are missing are the Gaussian expert's: with 0 in their place eicu 0.5 .0782, tcga 0.0 .1811. Ramps as
 candidates, too: nhanes 0.0 .2772, 0.5 .2424, eicu 0.5 .0804. Not kept: the same slopes fitted to the stack's out-of-fold errors (tcga 0.0
 .1752); a second round, or the ridge's penalty judged with the sparse part (within .0006); products of two observed numbers as candidates:
-of the same people nhanes 0.0 +.0010, 0.5 +.0006, pbcseq +.0017, eicu +.0002, 0.5 -.0005, tcga 0.5 -.0001, but of test rows nhanes .0000,
-pbcseq +.0009, 0.5 -.0005, eicu -.0001, 0.5 -.0004, a tenth more time and a second way of picking values at inference.
+of the same people nhanes 0.0 +.0010, 0.5 +.0006, pbcseq +.0017, eicu +.0002, 0.5 -.0005, tcga 0.5 -.0001; test rows nhanes +.0002, +.0006,
+pbcseq +.0010, -.0002, eicu -.0001, -.0005, for a tenth more time and a second way of picking values at inference.
 
 Shape suffixes: N records, V values, F features of one kind, A those of them that still follow more.
 """
