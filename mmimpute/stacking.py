@@ -58,8 +58,9 @@ from mmimpute.model.stack import GAP, WHOLE, Beliefs, Target
 from mmimpute.model.vae import MultiModalVAE
 
 SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # 1 where every feature follows the others as far as the typical one does
-CODE_THRESHOLDS = (0.3, 0.5, 0.75)  # as sparse.THRESHOLD
+# Of these the first where nobody judges. A penalty of 1: every feature follows the others as far as the typical one does.
+PENALTIES = (1.0, 0.1, 0.3, 3.0, 10.0, 30.0)
+CODE_THRESHOLDS = (0.75, 0.5, 0.3)  # as sparse.THRESHOLD
 GAP_SHARE = 0.25  # of the observed values hidden to learn about gaps
 SEED = 11
 NOBODY = -2  # no member's fold

@@ -113,22 +113,22 @@ class LinearGaussian:
         return mean, a @ a.T + self.noise**2 * np.eye(len(a)) - gain @ b @ a.T
 
 
-def assembled_additive(x: list[Tensor], kinds: list[str]) -> stacking.Assembly:
-    """The linear experts of two members, fitted to complete records of modalities of one kind each."""
+def assembled_additive(x: list[Tensor], kinds: list[str], fold: Tensor | None = None) -> stacking.Assembly:
+    """The linear experts of two members, fitted to complete records of modalities of one kind each; fold: in turn."""
     modalities = (ModalityConfig(f"m{j}", (kind,) * v.shape[1]) for j, (v, kind) in enumerate(zip(x, kinds, strict=True)))
     config = ModelConfig(tuple(modalities), 2, 8, 16, 1, 16)
     vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
-    data = stacking.Assembly(vae, x, everything(x), torch.arange(len(x[0])) % 2)
+    data = stacking.Assembly(vae, x, everything(x), torch.arange(len(x[0])) % 2 if fold is None else fold)
     stacking.fit_gaussian(data)
     stacking.fit_additive(data)
     return data
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, x: list[Tensor], kinds: list[str]) -> list[tuple[float, bool]]:
-    """`stacking._best_settings` of each modality."""
-    chosen, best = [], stacking._best_settings
-    monkeypatch.setattr(stacking, "_best_settings", lambda *given: chosen.append(best(*given)) or chosen[-1])
-    assembled_additive(x, kinds)
+def judged(monkeypatch: pytest.MonkeyPatch, what: str, x: list[Tensor], kinds: list[str], fold: Tensor | None = None) -> list[tuple]:
+    """What member 0's judges say of each modality: `_best_penalties` or `_best_settings` of stacking."""
+    chosen, best = [], getattr(stacking, what)
+    monkeypatch.setattr(stacking, what, lambda *given: chosen.append(best(*given)) or chosen[-1])
+    assembled_additive(x, kinds, fold)
     return chosen
 
 

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from mmimpute.model import regression
 from mmimpute.model.regression import Regression, component_penalties
+from mmimpute.model.sparse import THRESHOLD
 
 SHAPES = [(240, 30), (40, 90)]  # more records than columns, and fewer
 FEATURES = 4
@@ -163,5 +164,14 @@ def test_where_features_share_what_can_be_foretold_judges_take_components(monkey
     generator = torch.Generator().manual_seed(9)
     causes = torch.randn(300, 10, generator=generator)
     features = causes @ torch.randn(10, 1, generator=generator) * 0.3 + torch.randn(300, 40, generator=generator)
-    chosen = judged(monkeypatch, [causes, features], ["real", "real"])
+    chosen = judged(monkeypatch, "_best_settings", [causes, features], ["real", "real"])
     assert len(chosen) == 2 and chosen[1][1]
+
+
+@pytest.mark.parametrize("what, expected", [("_best_penalties", (1.0, 1.0)), ("_best_settings", (THRESHOLD, False))])
+def test_where_nobody_judges_regressions_are_careful(what, expected, monkeypatch):
+    """No record of member 0's fold: that the weakest penalty and the lowest threshold err as little as any must not choose them."""
+    generator = torch.Generator().manual_seed(10)
+    numbers = torch.randn(60, 5, generator=generator)
+    x = [numbers, (numbers + torch.randn(60, 5, generator=generator) > 0).float()]
+    assert judged(monkeypatch, what, x, ["real", "binary"], torch.ones(60, dtype=torch.long)) == [expected, expected]

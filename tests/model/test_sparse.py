@@ -140,4 +140,4 @@ def test_the_judges_say_how_far_codes_have_to_stand_out(slope, expected, monkeyp
     generator = torch.Generator().manual_seed(2)
     causes = (torch.rand(600, 60, generator=generator) < 0.3).float()
     codes = (torch.rand(600, 6, generator=generator) < torch.sigmoid(slope * causes[:, :6] - 1.5)).float()
-    assert judged(monkeypatch, [causes, codes], ["binary", "binary"])[1] == (expected, False)
+    assert judged(monkeypatch, "_best_settings", [causes, codes], ["binary", "binary"])[1] == (expected, False)
