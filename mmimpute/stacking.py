@@ -203,9 +203,9 @@ def fit_additive(data: Assembly) -> None:
             solved = cache(partial(_solved, regression, scale_C, single_NV, penalties, cache(slopes)))
             settings = settings or _best_settings(data, j, solved)
             weight_CD, bias_D, slope_VD = solved(*settings)
-            narrow_C = _narrow(data, j)
-            weight_CD[narrow_C] += slope_VD[: int(narrow_C.sum())]
-            data.imputer.additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, slope_VD[int(narrow_C.sum()) :])
+            narrow_U = _narrow(data, j).nonzero().squeeze(1)
+            weight_CD = weight_CD.index_add(0, narrow_U, slope_VD[: len(narrow_U)])  # a copy: `solved` keeps what it returned
+            data.imputer.additive.set_member(member, j, _with_own(data, j, weight_CD), bias_D, slope_VD[len(narrow_U) :])
 
     data.each(fit)
 
