@@ -188,19 +188,16 @@ class Training:
     def _sums(self, terms: LossTerms) -> dict[str, float]:
         """Named sums and counts over records and members; one transfer from the device."""
         weight_EB, some = terms.weight_EB, terms.shared_kl_ER.shape[1]
-        columns = {
-            "reconstruction": terms.reconstruction_ERK,
-            "private_kl": terms.private_kl_ERK,
-            "impute": terms.impute_EBK,
-            "score": terms.score_EBK,
-            "observed": terms.observed_BK[:some].expand(len(weight_EB), -1, -1),
-            "hidden": terms.hidden_BK.expand(len(weight_EB), -1, -1),
-        }
-        weighted = lambda t: torch.einsum("eb,ebk->k", weight_EB[:, : t.shape[1]], t.to(weight_EB.dtype))  # noqa: E731
-        whole = [terms.elbo_ER, terms.shared_kl_ER, torch.ones_like(terms.shared_kl_ER), torch.ones_like(weight_EB)]
-        flat = torch.cat([weighted(t[..., None]) for t in whole] + [weighted(c) for c in columns.values()]).tolist()
-        names = [m.name for m in self.model.config.modalities]
-        sums = dict(zip(["elbo", "shared_kl", "elbo_rows", "rows"] + [f"{n}.{c}" for c in columns for n in names], flat, strict=True))
+        of_members = lambda t: t.expand(len(weight_EB), -1, -1).to(weight_EB.dtype)  # noqa: E731
+        single = torch.stack([terms.elbo_ER, terms.shared_kl_ER, torch.ones_like(terms.shared_kl_ER)], 2)
+        shown = [single, terms.reconstruction_ERK, terms.private_kl_ERK, of_members(terms.observed_BK[:some])]
+        hidden = [torch.ones_like(weight_EB)[..., None], terms.impute_EBK, terms.score_EBK, of_members(terms.hidden_BK)]
+        each = [(weight_EB[:, :some], torch.cat(shown, 2)), (weight_EB, torch.cat(hidden, 2))]
+        flat = torch.cat([torch.einsum("eb,ebk->k", weight, columns) for weight, columns in each]).tolist()
+        per_modality = lambda *columns: [f"{m.name}.{c}" for c in columns for m in self.model.config.modalities]  # noqa: E731
+        names = ["elbo", "shared_kl", "elbo_rows", *per_modality("reconstruction", "private_kl", "observed")]
+        names += ["rows", *per_modality("impute", "score", "hidden")]
+        sums = dict(zip(names, flat, strict=True))
         if terms.contrast_E is not None:  # a mean over the batch, so it counts as often as the batch has records
             sums["contrast"] = float((terms.contrast_E.detach() * weight_EB.sum(1)).sum())
         return sums

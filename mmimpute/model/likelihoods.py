@@ -88,6 +88,13 @@ def moment_crps(x: Tensor, mean_S: Tensor, sd_S: Tensor) -> Tensor:
     return mean_absolute(x - mean, sd) - MARGINAL_CRPS * sd
 
 
+def freedom(tail: Tensor) -> Tensor:
+    """Degrees of freedom of a Student-t by its parameter."""
+    least, most = FREEDOM
+    first = math.log((FIRST_FREEDOM - least) / (most - FIRST_FREEDOM))
+    return least + (most - least) * torch.sigmoid(first + TAIL_PACE * tail)
+
+
 class Likelihoods(nn.Module):
     """The likelihoods of one modality's features; `size` decoder outputs, all zero = the training marginal."""
 
@@ -105,6 +112,7 @@ class Likelihoods(nn.Module):
         order = [i for k in self.kinds for i in index[k]]
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
         self.student = config.tails == "student" and "real" in self.kinds and not config.structured
+        self.pairs = self.counts.get("real", 0) > 1 and not config.structured
         self.image = config.form == "image"
         self.silent = config.convolved and config.decoder == "adversarial"  # see adversarial.py
         if self.student:
@@ -114,9 +122,7 @@ class Likelihoods(nn.Module):
     @property
     def freedom_E1F(self) -> Tensor:
         """Degrees of freedom of each member's Student-t, per real feature."""
-        least, most = FREEDOM
-        first = math.log((FIRST_FREEDOM - least) / (most - FIRST_FREEDOM))
-        return least + (most - least) * torch.sigmoid(first + TAIL_PACE * self.tail_E1F)
+        return freedom(self.tail_E1F)
 
     def _marginals(self, standardise: Standardise, members: int) -> None:
         """Offsets that make zero outputs the marginal, and the marginal's score by which each score is divided."""
@@ -176,12 +182,13 @@ class Likelihoods(nn.Module):
         """Values by kind, (..., F) each, in the order of the features."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1).index_select(-1, self.inverse_D)
 
-    def _of_kind(self, x: Tensor, kind: str) -> Tensor:
+    def of_kind(self, x: Tensor, kind: str) -> Tensor:
         return x if len(self.kinds) == 1 else x.index_select(-1, getattr(self, f"{kind}_F"))
 
-    def log_prob(self, heads: Heads, target_D: Tensor) -> Tensor:
-        """Log-likelihood per feature, (..., D), of targets that broadcast against the heads."""
-        return self.join([self._log_prob(kind, heads[kind], self._of_kind(target_D, kind)) for kind in self.kinds])
+    def log_prob(self, heads: Heads, target_D: Tensor, real: Tensor | None = None) -> Tensor:
+        """Log-likelihood per feature, (..., D), of targets that broadcast against the heads. real: of the real ones, if it is known."""
+        known = lambda kind: real is not None and kind == "real"  # noqa: E731
+        return self.join([real if known(k) else self._log_prob(k, heads[k], self.of_kind(target_D, k)) for k in self.kinds])
 
     def _log_prob(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
         if kind == "real":
@@ -199,37 +206,17 @@ class Likelihoods(nn.Module):
             return student_log_prob(x, *head.unbind(-1), self.freedom_E1F)
         return gaussian_log_prob(x, *head.unbind(-1))
 
-    def score(self, heads: Heads, target_BD: Tensor) -> Tensor:
+    def score(self, heads: Heads, target_BD: Tensor, real: Tensor | None = None) -> Tensor:
         """Score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of its mean and
-        standard deviation for real features, minus the log of its probability for the others."""
-        parts = [self._score(kind, heads[kind], self._of_kind(target_BD, kind)) for kind in self.kinds]
+        standard deviation for real features, minus the log of its probability for the others. real: that CRPS, if it is known."""
+        known = lambda kind: real is not None and kind == "real"  # noqa: E731
+        parts = [real if known(k) else self._score(k, heads[k], self.of_kind(target_BD, k)) for k in self.kinds]
         return self.join(parts) / self.marginal_score_D
 
     def _score(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
         if kind == "real":
             return moment_crps(x, head[..., 0], head[..., 1].exp())
         return math.log(len(head)) - self._log_prob(kind, head, x).logsumexp(0)
-
-    def pair_score(self, heads: Heads, target_BD: Tensor, seen_BD: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """CRPS of sums or differences of random pairs of real features, mean per record.
-
-        The score of single features says nothing of their dependence; a score of all their pairwise sums and
-        differences is proper for the covariances as well (a sliced energy score, closed form given the draws).
-        """
-        count = self.counts.get("real", 0)
-        if count < 2:
-            return target_BD.new_zeros(())
-        device = target_BD.device
-        order = torch.randperm(count, generator=generator, device=device)
-        sign_F = 2.0 * torch.randint(0, 2, (count,), generator=generator, device=device) - 1
-        paired = lambda t: ((shuffled := t.index_select(-1, order)), shuffled.roll(1, -1))  # noqa: E731
-        first, second = paired(self._of_kind(target_BD, "real"))
-        seen_BF = torch.logical_and(*paired(self._of_kind(seen_BD, "real")))
-        mean_first, mean_second = paired(heads["real"][..., 0])
-        sd_SBF = torch.hypot(*paired(heads["real"][..., 1].exp()))
-        crps_BF = moment_crps(first + sign_F * second, mean_first + sign_F * mean_second, sd_SBF)
-        scale = math.sqrt(2) * MARGINAL_CRPS
-        return (crps_BF * seen_BF).sum(-1) / seen_BF.sum(-1).clamp_min(1) / scale
 
     def sample(self, heads: Heads, standardise: Standardise, generator: torch.Generator | None = None) -> Tensor:
         """One draw per entry of the heads, in original units."""
@@ -260,8 +247,8 @@ class Likelihoods(nn.Module):
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         if not self.student:
             return noise
-        freedom = self.freedom_E1F.expand_as(like)
-        return noise * ((freedom - 2) / (2 * torch._standard_gamma(freedom / 2, generator=generator))).sqrt()
+        own = self.freedom_E1F.expand_as(like)
+        return noise * ((own - 2) / (2 * torch._standard_gamma(own / 2, generator=generator))).sqrt()
 
     def _original(self, target: Tensor, standardise: Standardise) -> Tensor:
         if "real" not in self.kinds:

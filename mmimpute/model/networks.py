@@ -63,8 +63,13 @@ class Normal(NamedTuple):
 
 def kl(q: Normal, p: Normal) -> Tensor:
     """KL(q || p) summed over the last dimension."""
-    ratio = q.var / p.var
-    return 0.5 * (ratio + (q.mean - p.mean).square() / p.var - 1 - ratio.log()).sum(-1)
+    return kl_each(*q, *p).sum(-1)
+
+
+def kl_each(q_mean: Tensor, q_var: Tensor, p_mean: Tensor, p_var: Tensor) -> Tensor:
+    """KL(q || p) of every dimension."""
+    ratio = q_var / p_var
+    return 0.5 * (ratio + (q_mean - p_mean).square() / p_var - 1 - ratio.log())
 
 
 def product(prior: Normal, mean: Tensor, precision: Tensor) -> Normal:

@@ -20,13 +20,14 @@ from mmimpute.model.config import ModalityConfig, ModelConfig
 from mmimpute.model.diffusion import Diffusion
 from mmimpute.model.forms import ConvCode
 from mmimpute.model.likelihoods import Heads, Likelihoods
-from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl, rounded
+from mmimpute.model.networks import Code, Normal, Private, SharedEncoder, kl, kl_each, rounded
 from mmimpute.model.nodes import normal_nodes
 from mmimpute.model.objective import LossTerms, hide, keep_values
 from mmimpute.model.prior import SharedPrior
 from mmimpute.model.reliability import Reliability, corrupt
 from mmimpute.model.standardise import FeatureStatistics, Standardise
 from mmimpute.model.text import Bag, TextCode
+from mmimpute.model.together import Told, log_probs, scores, together
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,23 @@ class Latents:
     noise_S11L: Tensor
 
 
-def _placed(terms_TEH: Tensor, rows_H: Tensor, batch: int) -> Tensor:
-    """Terms of some records among those of all, (T, E, B), the others' being 0."""
-    return terms_TEH.new_zeros(*terms_TEH.shape[:2], batch).index_add(2, rows_H, terms_TEH)
+@dataclass(frozen=True)
+class Decoded:
+    """One modality in training: what its decoder says of R rows that are shown and, at S draws, of H rows in which it is hidden."""
+
+    shown: Told
+    hidden: Told
+    posterior: Normal  # q(zj | z0, xj) of the R rows
+    prior: Normal  # p(zj | z0)
+    z0_EHL: Tensor  # the first draw
+    rows_H: Tensor
+    count: int  # of the hidden rows, after which some are repeated
+
+
+def _placed(terms: Sequence[Tensor], rows: Sequence[Tensor], batch: int) -> Tensor:
+    """K terms (E, H) of some records each, the last of which may be repeated ones, among all records: (E, B, K), the others' being 0."""
+    placed = [t.new_zeros(len(t), batch).index_copy(1, r, t[:, : len(r)]) for t, r in zip(terms, rows, strict=True)]
+    return torch.stack(placed, 2)
 
 
 def _code(modality: ModalityConfig, config: ModelConfig) -> nn.Module:
@@ -175,15 +190,17 @@ class MultiModalVAE(nn.Module):
         q_all, q_kept = (Normal(m, v) for m, v in zip(q0.mean.split([some, batch], 1), q0.var.split([some, batch], 1), strict=True))
         z0_ERL = q_all.sample(self._noise(q_all.mean.shape, generator))
         noise_SEBL = self._antithetic(self.config.impute_draws, q_kept.mean.shape, generator)
-        columns = []
-        for j in range(len(self.private)):
-            hidden_H = hidden_BK[:, j].nonzero().squeeze(1)
-            rows_H = rounded(hidden_H)
-            # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
-            z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
-            hidden_terms, shown_terms = self._terms(j, inputs, z0_ERL, z0_SEHL, rows_H, elbo_scale, generator)
-            columns.append((*shown_terms, *_placed(torch.stack(hidden_terms)[..., : len(hidden_H)], hidden_H, batch)))
-        reconstruction_ERK, private_kl_ERK, impute_EBK, score_EBK, adversarial_EBK = (torch.stack(c, 2) for c in zip(*columns, strict=True))
+        decoded = [self._decoded(j, inputs, z0_ERL, q_kept, noise_SEBL, hidden_BK[:, j], generator) for j in range(len(self.private))]
+        shown, hidden = [d.shown for d in decoded], [d.hidden for d in decoded]
+        score_EH = scores(hidden, self.config.pair_weight if self.training else 0.0, generator)
+        with torch.no_grad():  # reported only: its gradient would have no use
+            impute_EH = [(log_prob.mean(0) * t.seen_BD).sum(-1) for log_prob, t in zip(log_probs(hidden), hidden, strict=True)]
+        adversarial_EH = [self._adversary(j, d, inputs, elbo_scale, generator) for j, d in enumerate(decoded)]
+        rows = [d.rows_H[: d.count] for d in decoded]
+        impute_EBK, score_EBK, adversarial_EBK = (_placed(t, rows, batch) for t in (impute_EH, score_EH, adversarial_EH))
+        reconstruction_ERK = torch.stack([(p * t.seen_BD).sum(-1) for p, t in zip(log_probs(shown), shown, strict=True)], 2)
+        private_kl = together(kl_each, [(*d.posterior, *d.prior) for d in decoded])
+        private_kl_ERK = torch.stack([t.sum(-1) for t in private_kl], 2) * inputs.present_BK[:some]
         prior = Normal(torch.zeros_like(q_all.mean), torch.ones_like(q_all.var))
         terms = LossTerms(
             reconstruction_ERK,
@@ -212,21 +229,22 @@ class MultiModalVAE(nn.Module):
         kept = [c * present_BK[:, j, None] for j, c in enumerate(codes)]
         return dataclasses.replace(inputs, codes=codes), self.reliability.loss(kept, present_BK, signal_BK, weight_EB)
 
-    def _terms(
+    def _decoded(
         self,
         j: int,
         inputs: Inputs,
         z0_ERL: Tensor,
-        z0_SEHL: Tensor,
-        rows_H: Tensor,
-        warmth: float,
+        q_kept: Normal,
+        noise_SEBL: Tensor,
+        hidden_B: Tensor,
         generator: torch.Generator | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Modality j: imputation, its score and what the adversary makes of it (E, H); reconstruction, private KL (E, R).
-
-        One pass through the decoder serves both terms: R rows to reconstruct, S x H rows to impute.
-        """
+    ) -> "Decoded":
+        """Modality j of R rows to reconstruct and S x H rows to impute, in one pass through the decoder."""
         private, likelihood = self.private[j], self.likelihoods[j]
+        hidden_H = hidden_B.nonzero().squeeze(1)
+        rows_H = rounded(hidden_H)
+        # Rows before draws: the gradient of an index fills a tensor of the size that is indexed.
+        z0_SEHL = Normal(*(t.index_select(1, rows_H) for t in q_kept)).sample(noise_SEBL.index_select(2, rows_H))
         draws, members, rows = z0_SEHL.shape[:3]
         some = z0_ERL.shape[1]
         z0 = torch.cat([z0_ERL, z0_SEHL.transpose(0, 1).flatten(1, 2)], 1)
@@ -238,45 +256,22 @@ class MultiModalVAE(nn.Module):
         zj_R = posterior_R.sample(self._noise((members, some, private.own), generator))
         zj_H = prior_H.sample(noise_SEHL.transpose(0, 1).flatten(1, 2))
         raw_R, raw_H = private.decode(z0, torch.cat([zj_R, zj_H], 1)).split(both, 1)
-        seen_RD, target_BD = inputs.observed[j][:some], inputs.target[j]
-        log_prob_ERD = likelihood.log_prob(likelihood.heads(raw_R), target_BD[:some])
+        target_BD, seen_BD = inputs.target[j], inputs.observed[j]
+        shown = Told(likelihood, likelihood.heads(raw_R), target_BD[:some], seen_BD[:some])
         heads = likelihood.heads(raw_H.unflatten(1, (draws, rows)).transpose(0, 1))
-        weight = 0.0 if self.config.modalities[j].structured else self.config.pair_weight  # of pixels L_elbo does it, and cheaper
-        truth = (t.index_select(0, rows_H) for t in (target_BD, inputs.observed[j]))
-        score_EH, impute_EH = self._hidden_terms(likelihood, heads, *truth, weight, generator)
-        adversarial_EH = self._adversary(j, heads, inputs, z0_SEHL[0], rows_H, warmth, generator)
-        shown = (log_prob_ERD * seen_RD).sum(-1), kl(posterior_R, prior_R) * inputs.present_BK[:some, j]
-        return (impute_EH, score_EH, adversarial_EH), shown
+        hidden = Told(likelihood, heads, target_BD.index_select(0, rows_H), seen_BD.index_select(0, rows_H))
+        return Decoded(shown, hidden, posterior_R, prior_R, z0_SEHL[0], rows_H, len(hidden_H))
 
-    def _adversary(
-        self, j: int, heads: Heads, inputs: Inputs, z0_EHL: Tensor, rows_H: Tensor, warmth: float, generator: torch.Generator | None
-    ) -> Tensor:
+    def _adversary(self, j: int, decoded: "Decoded", inputs: Inputs, warmth: float, generator: torch.Generator | None) -> Tensor:
         """Losses of discriminator and decoder over hidden rows, (E, H): of the first draw; 0 with other decoders, and outside training."""
+        z0_EHL, rows_H, seen_HD = decoded.z0_EHL, decoded.rows_H, decoded.hidden.seen_BD
         if not self.training or str(j) not in self.judges:
             return z0_EHL.new_zeros(z0_EHL.shape[:2])
-        judge, seen_HD = self.judges[str(j)], inputs.observed[j][rows_H]
-        first = {kind: head[0] for kind, head in heads.items()}
+        judge = self.judges[str(j)]
+        first = {kind: head[0] for kind, head in decoded.hidden.heads.items()}
         drawn_EHV = judge.drawn(self.likelihoods[j], first, self.standardise[j], seen_HD, generator)
         real_HV = judge.real(inputs.z[j][rows_H], inputs.filled[j][rows_H], seen_HD)
         return judge.loss(real_HV, drawn_EHV, seen_HD, z0_EHL, warmth)
-
-    def _hidden_terms(
-        self,
-        likelihood: Likelihoods,
-        heads: Heads,
-        target_HD: Tensor,
-        seen_HD: Tensor,
-        pair_weight: float,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Score and L_impute of hidden rows, (E, H) each."""
-        score_EHD = likelihood.score(heads, target_HD)
-        score_EH = (score_EHD * seen_HD).sum(-1) / seen_HD.sum(-1).clamp_min(1)
-        if self.training and pair_weight:
-            score_EH = score_EH + pair_weight * likelihood.pair_score(heads, target_HD, seen_HD, generator)
-        with torch.no_grad():  # reported only: its gradient would have no use
-            impute_EH = (likelihood.log_prob(heads, target_HD).mean(0) * seen_HD).sum(-1)
-        return score_EH, impute_EH
 
     def _objective(self, terms: LossTerms, inputs: Inputs, elbo_scale: float) -> Tensor:
         """Score of what was hidden, mean over hidden modalities, minus the ELBO per observed value; summed over members.

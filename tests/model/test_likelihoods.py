@@ -19,6 +19,7 @@ from mmimpute.model.likelihoods import (
 )
 from mmimpute.model.networks import Normal, kl, product
 from mmimpute.model.standardise import Standardise
+from mmimpute.model.together import Told, scores
 
 
 def test_log_probabilities_agree_with_scipy():
@@ -153,15 +154,18 @@ def test_pair_score_prefers_the_right_dependence():
     x = torch.randn(rows, 1, generator=generator).expand(-1, 2)
     half = 0.9 * torch.randn(2, rows, 2, generator=generator)
     seen = torch.ones(rows, 2, dtype=torch.bool)
-    scores = []
+    found = []
     # The truth moves together: draws that do so score better than independent ones of the same margins.
     for mean in (half[..., :1].expand(-1, -1, 2), half):
         draws = torch.cat([mean, -mean])
         heads = {"real": torch.stack([draws, torch.full_like(draws, -1.0)], -1)}
-        single = likelihood.score(heads, x).mean()
-        scores.append((single.item(), likelihood.pair_score(heads, x, seen).mean().item()))
-    assert scores[0][0] == pytest.approx(scores[1][0], abs=0.01)
-    assert scores[0][1] < scores[1][1] - 0.02
+        told = [Told(likelihood, heads, x, seen)]
+        single = scores(told)[0].mean().item()
+        signs = torch.Generator().manual_seed(1)  # the same sums and differences for both
+        both = np.mean([scores(told, 1.0, signs)[0].mean().item() for _ in range(8)])
+        found.append((single, both - single))
+    assert found[0][0] == pytest.approx(found[1][0], abs=0.01)
+    assert found[0][1] < found[1][1] - 0.02
 
 
 def real_likelihoods(tails, members=1):
