@@ -27,7 +27,7 @@ from mmimpute.model.vae import MultiModalVAE
 from mmimpute.sizing import model_config
 from mmimpute.spec import CohortSpec, FitSettings, ImputeSettings, ModalitySpec, read_spec
 from mmimpute.stacking import assemble
-from mmimpute.training import OptimiserSettings, fit_in_memory, learning_rate, schedule
+from mmimpute.training import fit_in_memory, optimiser, schedule
 
 ROW = "row number"  # stands for the subject id where a table has none
 TABLE = "the table"
@@ -194,8 +194,8 @@ def fit_table(
         torch.manual_seed(settings.seed)
         vae = MultiModalVAE(config, {name: FeatureStatistics(**arrays) for name, arrays in statistics.items()})
         plan = schedule(len(x), settings.batch_size, settings.epochs, config.structured)
-        optimiser = OptimiserSettings(lr=learning_rate(config, plan), seed=settings.seed)
-        fitted = fit_in_memory(vae, data, folds, optimiser, plan)
+        holders = sum(int(seen.any(1).sum()) for seen in data[1]) / len(data[1])
+        fitted = fit_in_memory(vae, data, folds, optimiser(config, plan, holders, settings.seed), plan)
         module = assemble(fitted.model, *data, folds)
     return registry.Model("", "", registry.file_of(module, schema, "a table in memory"), module), fitted.history
 

@@ -4,6 +4,7 @@ Every step draws its randomness from (seed, step, rank) alone, so a resumed run 
 """
 
 import copy
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from mmimpute.model.vae import MultiModalVAE
 
 Batch = tuple[Sequence[Tensor], Sequence[Tensor]]  # values in original units, masks of what is observed
 TUNE_SEED = 7
+DECAYED_RECORDS = 1_500.0  # weight decay times the records that hold a modality
+MOST_DECAY = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,33 +63,44 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     """Sizes from the number of training rows: small batches for small cohorts, a bounded number of steps for large. structured: with
     images, signals or texts, whose steps are dear.
 
-    An ensemble goes on gaining when its members have begun to fit too much. Its skill on 20% of the training people after 24, 36, 48, 72
-    epochs: nhanes 0.0 .2708 .2733 .2747 .2764 (two seeds differ by .0006), 0.5 .1633 - .1646 -. Each epoch costs the same, so 48. Where
-    there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000 steps, .2151 after 4,000; one member
-    .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records after 3,000 steps .010 .011 .014, after 5,000
-    .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two layers, with three .006 .007 .007 after
-    5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086 and .0051 on average).
+    An ensemble goes on gaining when its members have begun to fit too much. Its skill on 20% of the training people, by batch and epochs
+    (lr 4e-3, weight decay .02; two seeds differ by .0006): nhanes 0.0, 256 48 .2766, 256 64 .2775, 512 48 .2764, 512 64 .2779 in half of
+    the steps, 1,024 64 .2761, 1,024 96 .2784; 0.5, 256 48 .2412, 512 64 .2418, 512 96 .2412; 128 and 30, 48, 64, 96: eicu 0.0 .1422 .1446
+    .1444 -, 0.5 .0818 .0818 .0804 -, tcga 0.0 .1834 .1839 .1848 .1854, 0.5 .1263 .1259 .1262 -; batches of 256, 48 epochs eicu .1438, tcga
+    .1825. Where there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000 steps of 256, .2151 after
+    4,000; one member .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records after 3,000 steps .010 .011
+    .014, after 5,000 .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two layers, with three .006 .007
+    .007 after 5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086 and .0051 on average).
     """
-    batch = batch or (128 if rows < 2_500 else 256 if rows < 50_000 else 1024)
+    few, many = rows < 2_500, rows >= 50_000
+    batch = batch or (128 if few else 1024 if many else 256 if structured else 512)
     steps_per_epoch = max(1, rows // batch)
-    usual = 30 if rows < 2_500 else 24 if structured else 48
-    most_steps = 3_000 if rows < 500_000 else 8_000
+    usual = 24 if structured else 48 if few else 64
+    most_steps = 2_000 if not many else 3_000 if rows < 500_000 else 8_000
     epochs = epochs or min(usual, max(1, most_steps // steps_per_epoch))
     return Schedule(batch, epochs, steps_per_epoch)
 
 
-def learning_rate(config: ModelConfig, plan: Schedule) -> float:
-    """2e-3, and up to twice that for fewer than 600 steps or batches above 256; 3e-3 at least for several members.
+def optimiser(config: ModelConfig, plan: Schedule, holders: float, seed: int) -> OptimiserSettings:
+    """How a default model is trained. holders: records that hold a modality, mean over modalities. The fewer, the stronger is weight decay,
+    as that of a prior of the weights is (MacKay 1992). Steps are twice as long for several members, and up to that for fewer than 600 or
+    batches above 256.
 
-    Out-of-fold skill of the VAE alone and of the stack at 2e-3, 3e-3, 5e-3 (one seed): eicu 0.0, 270 steps, .0953 .0980 .0967, .1324 .1328
-    .1321; tcga 0.0, 150 steps, .1289 .1368 .1424, .1717 .1725 .1740; nhanes 0.0, 600 steps, .2589 .2587 -, .2711 .2712 -. The ensemble's on
-    20% of the training people at 2e-3 and 3e-3: nhanes 0.0, 36 epochs, .2733 .2742, 48 epochs .2747 .2755; 0.5, 48 epochs, .1646 .1647. It
-    was not tried on images, signals and texts. The square root of the batch is that of Malladi et al. 2022: see `ModelConfig.for_rows`.
+    Ensemble's skill on 20% of the training people by weight decay .02, .3, 1, 3, 6 (48 epochs, nhanes 64): eicu 0.0 (958 holders) .1446
+    .1452 .1460 .1456 -, 0.5 (473) .0818 .0823 .0832 .0852 -; tcga 0.0 (493) .1839 - .1842 .1847 .1849, 0.5 (257) .1259 - .1274 .1295 .1311;
+    pbcseq 0.0 (1,079), where most people have other visits in the training data that a model may recognise, .1599 .1592 .1565 - -, 0.5
+    (581) .1192 - .1219 - -; nhanes 0.0 (4,104) .2779 .2777 .2757 - -, 0.5 (2,152) .2418 .2423 .2416 - -. More dropout instead, .55: eicu .1445,
+    0.5 .0809.
+    Out-of-fold skill of the VAE alone and of the stack at rates 2e-3, 3e-3, 5e-3 (one seed, 30 epochs): eicu 0.0, .0953 .0980 .0967, .1324
+    .1328 .1321; tcga 0.0 .1289 .1368 .1424, .1717 .1725 .1740. The square root of the batch is that of Malladi et al. 2022: see
+    `ModelConfig.for_rows`. None of this was tried on images, signals and texts.
     """
+    usual = OptimiserSettings(seed=seed)
     if config.structured:
-        return OptimiserSettings.lr
-    longer = max(1.0, math.sqrt(600 / plan.total_steps), math.sqrt(plan.batch / 256))
-    return max(OptimiserSettings.lr * min(2.0, longer), 3e-3 if config.members > 1 else 0)
+        return usual
+    longer = 2.0 if config.members > 1 else max(1.0, math.sqrt(600 / plan.total_steps), math.sqrt(plan.batch / 256))
+    decay = min(MOST_DECAY, max(usual.weight_decay, DECAYED_RECORDS / holders))
+    return dataclasses.replace(usual, lr=usual.lr * min(2.0, longer), weight_decay=decay)
 
 
 @contextmanager

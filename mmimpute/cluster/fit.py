@@ -39,7 +39,7 @@ from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
 from mmimpute.stacking import Assembly, assemble, early, fit_others
-from mmimpute.training import OptimiserSettings, Schedule, Training, keeps, learning_rate, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, keeps, optimiser, schedule, summarise
 
 STATE = "state.pt"
 TUNE_BATCH = 1024
@@ -64,6 +64,7 @@ class Job:
     config: ModelConfig
     statistics: dict[str, dict[str, np.ndarray]]
     rows: int
+    holders: float  # records that hold a modality, mean over modalities
     settings: FitSettings
     start: str | None = None
 
@@ -117,7 +118,7 @@ def _loop_config(job: Job, workers: int) -> dict[str, Any]:
         "config": asdict(job.config),
         "statistics": job.statistics,
         "plan": asdict(plan),
-        "settings": asdict(OptimiserSettings(lr=learning_rate(job.config, plan), seed=job.settings.seed)),
+        "settings": asdict(optimiser(job.config, plan, job.holders, job.settings.seed)),
         "patience": job.settings.patience or plan.patience,
         "cache_share": job.settings.cache_share,
         "checkpoint_seconds": job.settings.checkpoint_seconds,

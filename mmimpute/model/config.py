@@ -139,7 +139,7 @@ class ModelConfig:
     def for_rows(cls, modalities: tuple[ModalityConfig, ...], rows: int, **sizes: Any) -> "ModelConfig":
         """The default for a number of training rows: a small cohort leans on the generative model and on dropout, and so do images,
         signals and texts, whose values only make sense together (see forms.py). Many records bear a wider trunk, less dropout and, since
-        batches are larger, a higher rate (`training.learning_rate`).
+        batches are larger, a higher rate (`training.optimiser`).
 
         R2 short of the oracle's, mean of three modalities of 200,000 simulated records, VAE alone after 2,000 steps of 1,024: 256 wide,
         dropout .2, rate 2e-3 .0177; without dropout .0174; and rate 4e-3 .0149; and 512 wide .0126, 1,024 wide (3e-3) .0113 in 1.7 times

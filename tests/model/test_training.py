@@ -11,7 +11,7 @@ from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statis
 
 from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.model.config import MOST_LAYERS
-from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, learning_rate, schedule, slices, summarise, take
+from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, optimiser, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
 
@@ -93,7 +93,7 @@ def test_the_rate_rises_then_falls_to_zero():
 
 def test_sizes_follow_the_number_of_rows():
     sizes = [schedule(n) for n in (1, 700, 6_500, 100_000, 1_000_000, 100_000_000)]
-    assert [s.batch for s in sizes[:4]] == [128, 128, 256, 1024]
+    assert [s.batch for s in sizes[:4]] == [128, 128, 512, 1024]
     assert all(s.total_steps >= 1 for s in sizes)
     assert all(s.steps_per_epoch == max(1, n // s.batch) for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000), strict=True))
 
@@ -168,22 +168,35 @@ def test_heavy_tails_are_learned():
     assert freedom_EF[:, :3].mean() < 10 < freedom_EF[:, 3:].mean()
 
 
-@pytest.mark.parametrize("steps, rate", [(10_000, 2e-3), (600, 2e-3), (300, 2e-3 * 2**0.5), (150, 4e-3), (10, 4e-3)])
-def test_few_steps_are_longer_ones(steps, rate):
-    assert learning_rate(CONFIG, Schedule(batch=128, epochs=1, steps_per_epoch=steps)) == pytest.approx(rate)
+def rate(config, steps, batch=128):
+    return optimiser(config, Schedule(batch, epochs=1, steps_per_epoch=steps), 1e6, seed=0).lr
 
 
-@pytest.mark.parametrize("batch, rate", [(256, 2e-3), (512, 2e-3 * 2**0.5), (1024, 4e-3), (4096, 4e-3)])
-def test_steps_grow_with_the_root_of_the_batch(batch, rate):
-    assert learning_rate(CONFIG, Schedule(batch=batch, epochs=1, steps_per_epoch=10_000)) == pytest.approx(rate)
+@pytest.mark.parametrize("steps, expected", [(10_000, 2e-3), (600, 2e-3), (300, 2e-3 * 2**0.5), (150, 4e-3), (10, 4e-3)])
+def test_few_steps_are_longer_ones(steps, expected):
+    assert rate(CONFIG, steps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch, expected", [(256, 2e-3), (512, 2e-3 * 2**0.5), (1024, 4e-3), (4096, 4e-3)])
+def test_steps_grow_with_the_root_of_the_batch(batch, expected):
+    assert rate(CONFIG, 10_000, batch) == pytest.approx(expected)
 
 
 def test_several_members_take_longer_steps_also_where_there_are_many():
     config = replace(CONFIG, members=5)
-    assert learning_rate(config, Schedule(batch=128, epochs=1, steps_per_epoch=10_000)) == 3e-3
-    assert learning_rate(config, Schedule(batch=128, epochs=1, steps_per_epoch=10)) == 4e-3
+    assert rate(config, 10_000) == rate(config, 10) == 4e-3
 
 
-def test_steps_of_image_networks_are_never_longer():
+def test_weights_decay_as_a_prior_of_them_makes_them():
+    """Its pull on each record's share of the loss is inverse to the number of records."""
+    plan = Schedule(128, epochs=1, steps_per_epoch=10)
+    decays = [optimiser(CONFIG, plan, holders, seed=0).weight_decay for holders in (20, 1_000, 2_000, 10_000, 100_000, 100_000_000)]
+    assert decays[1] == 2 * decays[2] == 10 * decays[3]
+    assert decays[0] < 1 / 4e-3 / 20, "a step may not take most of a weight"
+    assert decays[4] == decays[5] == OptimiserSettings.weight_decay
+    assert optimiser(CONFIG, plan, 1_000, seed=3).seed == 3
+
+
+def test_image_networks_are_trained_as_they_were_tried():
     config = ModelConfig((ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),))
-    assert learning_rate(config, Schedule(batch=128, epochs=1, steps_per_epoch=10)) == OptimiserSettings.lr
+    assert optimiser(config, Schedule(128, epochs=1, steps_per_epoch=10), 500, seed=0) == OptimiserSettings()
