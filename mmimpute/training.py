@@ -63,14 +63,15 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     """Sizes from the number of training rows: small batches for small cohorts, a bounded number of steps for large. structured: with
     images, signals or texts, whose steps are dear.
 
-    An ensemble goes on gaining when its members have begun to fit too much. Its skill on 20% of the training people, by batch and epochs
-    (lr 4e-3, weight decay .02; two seeds differ by .0006): nhanes 0.0, 256 48 .2766, 256 64 .2775, 512 48 .2764, 512 64 .2779 in half of
-    the steps, 1,024 64 .2761, 1,024 96 .2784; 0.5, 256 48 .2412, 512 64 .2418, 512 96 .2412; 128 and 30, 48, 64, 96: eicu 0.0 .1422 .1446
-    .1444 -, 0.5 .0818 .0818 .0804 -, tcga 0.0 .1834 .1839 .1848 .1854, 0.5 .1263 .1259 .1262 -; batches of 256, 48 epochs eicu .1438, tcga
-    .1825. Where there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000 steps of 256, .2151 after
-    4,000; one member .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records after 3,000 steps .010 .011
-    .014, after 5,000 .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two layers, with three .006 .007
-    .007 after 5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086 and .0051 on average).
+    An ensemble goes on gaining when its members have begun to fit too much. Its skill on 20% of the training people with weight decay .02
+    (two seeds differ by .0006), by batch and epochs: nhanes 0.0 of 256 (rate 3e-3) 48 .2766, 64 .2775; of 512 (4.2e-3) 48 .2764, 64 .2779
+    in half of the steps; of 1,024 (6e-3) 64 .2761, 96 .2784; 0.5 of 256 48 .2412, of 512 64 .2418, 96 .2412. Of 128 after 30, 48, 64, 96
+    epochs: eicu 0.0 .1422 .1446 .1444 -, 0.5 .0818 .0818 .0804 -, tcga 0.0 .1834 .1839 .1848 .1854, 0.5 .1263 .1259 .1262 -; of 256 after
+    48: eicu 0.0 .1438, tcga 0.0 .1825. Where there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000
+    steps of 256, .2151 after 4,000; one member .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records
+    after 3,000 steps .010 .011 .014, after 5,000 .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two
+    layers, with three .006 .007 .007 after 5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086
+    and .0051 on average).
     """
     few, many = rows < 2_500, rows >= 50_000
     batch = batch or (128 if few else 1024 if many else 256 if structured else 512)
@@ -86,11 +87,13 @@ def optimiser(config: ModelConfig, plan: Schedule, holders: float, seed: int) ->
     as that of a prior of the weights is (MacKay 1992). Steps are twice as long for several members, and up to that for fewer than 600 or
     batches above 256.
 
-    Ensemble's skill on 20% of the training people by weight decay .02, .3, 1, 3, 6 (48 epochs, nhanes 64): eicu 0.0 (958 holders) .1446
-    .1452 .1460 .1456 -, 0.5 (473) .0818 .0823 .0832 .0852 -; tcga 0.0 (493) .1839 - .1842 .1847 .1849, 0.5 (257) .1259 - .1274 .1295 .1311;
-    pbcseq 0.0 (1,079), where most people have other visits in the training data that a model may recognise, .1599 .1592 .1565 - -, 0.5
-    (581) .1192 - .1219 - -; nhanes 0.0 (4,104) .2779 .2777 .2757 - -, 0.5 (2,152) .2418 .2423 .2416 - -. More dropout instead, .55: eicu .1445,
-    0.5 .0809.
+    Ensemble's skill on 20% of the training people by weight decay .02, .3, 1, 3, 6 (48 epochs, nhanes 64; in brackets the holders):
+        eicu 0.0 (958) .1446 .1452 .1460 .1456 -          0.5 (473) .0818 .0823 .0832 .0852 -
+        tcga 0.0 (493) .1839 - .1842 .1847 .1849          0.5 (257) .1259 - .1274 .1295 .1311
+        nhanes 0.0 (4,104) .2779 .2777 .2757 - -          0.5 (2,152) .2418 .2423 .2416 - -
+        pbcseq 0.0 (1,079) .1599 .1592 .1565 - -          0.5 (581) .1192 - .1219 - -
+    (the people of pbcseq have other visits in the training data, by which a model may recognise them). More dropout instead, .55: eicu
+    .1445, 0.5 .0809.
     Out-of-fold skill of the VAE alone and of the stack at rates 2e-3, 3e-3, 5e-3 (one seed, 30 epochs): eicu 0.0, .0953 .0980 .0967, .1324
     .1328 .1321; tcga 0.0 .1289 .1368 .1424, .1717 .1725 .1740. The square root of the batch is that of Malladi et al. 2022: see
     `ModelConfig.for_rows`. None of this was tried on images, signals and texts.
@@ -99,7 +102,7 @@ def optimiser(config: ModelConfig, plan: Schedule, holders: float, seed: int) ->
     if config.structured:
         return usual
     longer = 2.0 if config.members > 1 else max(1.0, math.sqrt(600 / plan.total_steps), math.sqrt(plan.batch / 256))
-    decay = min(MOST_DECAY, max(usual.weight_decay, DECAYED_RECORDS / holders))
+    decay = min(MOST_DECAY, max(usual.weight_decay, DECAYED_RECORDS / max(1.0, holders)))
     return dataclasses.replace(usual, lr=usual.lr * min(2.0, longer), weight_decay=decay)
 
 
@@ -126,6 +129,7 @@ class Training:
         self.model = getattr(self.module, "module", self.module)
         self.settings, self.total_steps, self.rank, self.done = settings, max(1, total_steps), rank, 0
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.members = [self.average.member(e) for e in range(self.model.config.members)]
         self.optimiser = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=settings.betas, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
 
@@ -188,11 +192,10 @@ class Training:
         """
         total: dict[str, float] = defaultdict(float)
         with seeded(TUNE_SEED, self.device):
-            members = [self.average.member(e) for e in range(self.model.config.members)]
             for x, observed, *rest in batches:
                 fold_B, labels_BT = (*rest, None, None)[:2]
                 everything = [(self.average, torch.arange(len(x[0]), device=self.device))]
-                parts = everything if fold_B is None else [(m, (fold_B == e).nonzero().squeeze(1)) for e, m in enumerate(members)]
+                parts = everything if fold_B is None else [(m, (fold_B == e).nonzero().squeeze(1)) for e, m in enumerate(self.members)]
                 for module, rows in parts:
                     labels = {} if labels_BT is None else _labels(labels_BT[rows])
                     for name, value in self._sums(module(*take((x, observed), rows), **labels)).items():

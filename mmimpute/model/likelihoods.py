@@ -38,9 +38,18 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
 
 def student_log_prob(x: Tensor, mean: Tensor, log_sd: Tensor, freedom: Tensor) -> Tensor:
     """Student-t with standard deviation exp(log_sd), so scale^2 = sd^2 (freedom - 2) / freedom; freedom > 2."""
-    square = ((x - mean) * torch.exp(-log_sd)).square() / (freedom - 2)
+    return student_log_prob_of(x, mean, log_sd, *student_terms(freedom))
+
+
+def student_terms(freedom: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What in the density depends on the degrees of freedom alone: constant, spread and power of `student_log_prob_of`."""
     constant = torch.lgamma((freedom + 1) / 2) - torch.lgamma(freedom / 2) - 0.5 * torch.log(math.pi * (freedom - 2))
-    return constant - log_sd - 0.5 * (freedom + 1) * torch.log1p(square)
+    return constant, freedom - 2, 0.5 * (freedom + 1)
+
+
+def student_log_prob_of(x: Tensor, mean: Tensor, log_sd: Tensor, constant: Tensor, spread: Tensor, power: Tensor) -> Tensor:
+    square = ((x - mean) * torch.exp(-log_sd)).square() / spread
+    return constant - log_sd - power * torch.log1p(square)
 
 
 def bernoulli_log_prob(x: Tensor, logit: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmimpute.model.likelihoods import MARGINAL_CRPS, Heads, Likelihoods, freedom, gaussian_log_prob, moment_crps, student_log_prob
+from mmimpute.model.likelihoods import (
+    MARGINAL_CRPS,
+    Heads,
+    Likelihoods,
+    freedom,
+    gaussian_log_prob,
+    moment_crps,
+    student_log_prob_of,
+    student_terms,
+)
 from mmimpute.model.text import Bag
 
 
@@ -41,8 +50,8 @@ def log_probs(told: Sequence[Told]) -> list[Tensor]:
     real = [i for i, t in enumerate(told) if "real" in t.heads]
     student = [i for i in real if told[i].likelihood.student]
     gaussian = [i for i in real if not told[i].likelihood.student]
-    columns = [(*_real(told[i]), f) for i, f in zip(student, _freedoms([told[i] for i in student]), strict=True)]
-    found = together(student_log_prob, columns) + together(gaussian_log_prob, [_real(told[i]) for i in gaussian])
+    columns = [(*_real(told[i]), *terms) for i, terms in zip(student, _student_terms([told[i] for i in student]), strict=True)]
+    found = together(student_log_prob_of, columns) + together(gaussian_log_prob, [_real(told[i]) for i in gaussian])
     known = dict(zip(student + gaussian, found, strict=True))
     return [t.likelihood.log_prob(t.heads, t.target_BD, *_given(known, i)) for i, t in enumerate(told)]
 
@@ -52,13 +61,13 @@ def _real(told: Told) -> tuple[Tensor, Tensor, Tensor]:
     return told.likelihood.of_kind(told.target_BD, "real"), *told.heads["real"].unbind(-1)
 
 
-def _freedoms(told: Sequence[Told]) -> list[Tensor]:
-    """Degrees of freedom of every real value, (E, B, F)."""
+def _student_terms(told: Sequence[Told]) -> list[tuple[Tensor, ...]]:
+    """`likelihoods.student_terms` of every real value, (E, B, F) each."""
     if not told:
         return []
     tails = [t.likelihood.tail_E1F for t in told]
-    found = freedom(torch.cat(tails, -1)).split([t.shape[-1] for t in tails], -1)
-    return [f.expand(-1, len(t.target_BD), -1) for f, t in zip(found, told, strict=True)]
+    each = [t.split([tail.shape[-1] for tail in tails], -1) for t in student_terms(freedom(torch.cat(tails, -1)))]
+    return [tuple(t.expand(-1, len(one.target_BD), -1) for t in terms) for one, *terms in zip(told, *each, strict=True)]
 
 
 def _given(known: dict[int, Tensor], i: int) -> tuple[Tensor, ...]:

@@ -318,12 +318,13 @@ class MultiModalVAE(nn.Module):
         return self.state_dict().keys() - per_member
 
     def member(self, index: int) -> "MultiModalVAE":
-        """One member as a model of its own."""
+        """One member as a model of its own, which shares its weights with this one."""
         if self.config.members == 1:
             return self
         shared = self.shared_names()
         model = self._untrained(dataclasses.replace(self.config, members=1))
-        model.load_state_dict({name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()})
+        own = {name: t if name in shared else t[index : index + 1] for name, t in self.state_dict().items()}
+        model.load_state_dict(own, assign=True)
         return model.eval().to(self.hide_K.device)
 
     def _untrained(self, config: ModelConfig) -> "MultiModalVAE":

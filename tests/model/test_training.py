@@ -200,3 +200,14 @@ def test_weights_decay_as_a_prior_of_them_makes_them():
 def test_image_networks_are_trained_as_they_were_tried():
     config = ModelConfig((ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),))
     assert optimiser(config, Schedule(128, epochs=1, steps_per_epoch=10), 500, seed=0) == OptimiserSettings()
+
+
+def test_an_epoch_is_judged_by_the_weights_as_they_are():
+    """The members that judge share the averaged weights, also after a state was loaded."""
+    training, other = (Training(mixed_model(members=3, seed=seed), OptimiserSettings(), total_steps=4) for seed in (0, 1))
+    training.step(*DATA)
+    other.load_state_dict(training.state_dict())
+    for t in (training, other):
+        for e, member in enumerate(t.members):
+            for name, value in t.average.member(e).state_dict().items():
+                assert torch.equal(member.state_dict()[name], value), name
