@@ -238,7 +238,7 @@ class MultiModalVAE(nn.Module):
         noise_SEBL: Tensor,
         hidden_B: Tensor,
         generator: torch.Generator | None,
-    ) -> "Decoded":
+    ) -> Decoded:
         """Modality j of R rows to reconstruct and S x H rows to impute, in one pass through the decoder."""
         private, likelihood = self.private[j], self.likelihoods[j]
         hidden_H = hidden_B.nonzero().squeeze(1)
@@ -262,7 +262,7 @@ class MultiModalVAE(nn.Module):
         hidden = Told(likelihood, heads, target_BD.index_select(0, rows_H), seen_BD.index_select(0, rows_H))
         return Decoded(shown, hidden, posterior_R, prior_R, z0_SEHL[0], rows_H, len(hidden_H))
 
-    def _adversary(self, j: int, decoded: "Decoded", inputs: Inputs, warmth: float, generator: torch.Generator | None) -> Tensor:
+    def _adversary(self, j: int, decoded: Decoded, inputs: Inputs, warmth: float, generator: torch.Generator | None) -> Tensor:
         """Losses of discriminator and decoder over hidden rows, (E, H): of the first draw; 0 with other decoders, and outside training."""
         z0_EHL, rows_H, seen_HD = decoded.z0_EHL, decoded.rows_H, decoded.hidden.seen_BD
         if not self.training or str(j) not in self.judges:
