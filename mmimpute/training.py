@@ -76,8 +76,8 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     few, many = rows < 2_500, rows >= 50_000
     batch = batch or (128 if few else 1024 if many else 256 if structured else 512)
     steps_per_epoch = max(1, rows // batch)
-    usual = 24 if structured else 48 if few else 64
-    most_steps = 2_000 if not many else 3_000 if rows < 500_000 else 8_000
+    usual = (30 if few else 24) if structured else 48 if few else 64
+    most_steps = 8_000 if rows >= 500_000 else 3_000 if many or structured else 2_000
     epochs = epochs or min(usual, max(1, most_steps // steps_per_epoch))
     return Schedule(batch, epochs, steps_per_epoch)
 

@@ -100,6 +100,8 @@ def test_sizes_follow_the_number_of_rows():
 
 def test_image_networks_are_trained_for_fewer_epochs():
     assert schedule(6_500, structured=True).epochs < schedule(6_500).epochs
+    assert schedule(1_000, structured=True).epochs < schedule(1_000).epochs
+    assert schedule(40_000, structured=True).batch < schedule(40_000).batch
     assert schedule(6_500, epochs=3).epochs == 3
 
 
