@@ -95,8 +95,9 @@ def fit_model(found: Survey, home: str, settings: FitSettings, cluster: ClusterS
         layouts, config = _layouts(found, bad, schema), model_config(schema, rows, settings)
         start = _start(home, config) if settings.warm_start else None
         run = table.digest(fitted_on, start or "")
-        of_all = (layouts, schema, config, statistics, rows, float(seen.present.mean()))
-        fitted = training.fit(training.Job(run, found.url, *of_all, settings, start), home, on_progress)
+        holders = float(seen.present.mean())
+        job = training.Job(run, found.url, layouts, schema, config, statistics, rows, holders, settings, start)
+        fitted = training.fit(job, home, on_progress)
         name = registry.save(home, fitted.module, schema, fitted_on)
         place = storage.join(home, name)
         beside = {"profile": profile.report(schema, seen), "marginals": profile.marginals(schema, seen)}

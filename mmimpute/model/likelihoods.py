@@ -14,6 +14,7 @@ Shape suffixes: E members, B records, D features, S draws, F features of one kin
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as fn
@@ -48,6 +49,7 @@ def student_terms(freedom: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def student_log_prob_of(x: Tensor, mean: Tensor, log_sd: Tensor, constant: Tensor, spread: Tensor, power: Tensor) -> Tensor:
+    """`student_log_prob` by its `student_terms`, which are few numbers where x are many."""
     square = ((x - mean) * torch.exp(-log_sd)).square() / spread
     return constant - log_sd - power * torch.log1p(square)
 
@@ -196,8 +198,12 @@ class Likelihoods(nn.Module):
 
     def log_prob(self, heads: Heads, target_D: Tensor, real: Tensor | None = None) -> Tensor:
         """Log-likelihood per feature, (..., D), of targets that broadcast against the heads. real: of the real ones, if it is known."""
-        known = lambda kind: real is not None and kind == "real"  # noqa: E731
-        return self.join([real if known(k) else self._log_prob(k, heads[k], self.of_kind(target_D, k)) for k in self.kinds])
+        return self._of_each(self._log_prob, heads, target_D, real)
+
+    def _of_each(self, function: Callable, heads: Heads, target_D: Tensor, real: Tensor | None) -> Tensor:
+        """A function of every kind's head and target; real: what it says of the real features, if it is known."""
+        known = {} if real is None else {"real": real}
+        return self.join([known[k] if k in known else function(k, heads[k], self.of_kind(target_D, k)) for k in self.kinds])
 
     def _log_prob(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
         if kind == "real":
@@ -218,9 +224,7 @@ class Likelihoods(nn.Module):
     def score(self, heads: Heads, target_BD: Tensor, real: Tensor | None = None) -> Tensor:
         """Score of the mixture over S draws, smaller is better, 1 = as good as the marginal: CRPS of its mean and
         standard deviation for real features, minus the log of its probability for the others. real: that CRPS, if it is known."""
-        known = lambda kind: real is not None and kind == "real"  # noqa: E731
-        parts = [real if known(k) else self._score(k, heads[k], self.of_kind(target_BD, k)) for k in self.kinds]
-        return self.join(parts) / self.marginal_score_D
+        return self._of_each(self._score, heads, target_BD, real) / self.marginal_score_D
 
     def _score(self, kind: str, head: Tensor, x: Tensor) -> Tensor:
         if kind == "real":
