@@ -394,7 +394,7 @@ def _fit_colour(data: Assembly, j: int, beliefs: Beliefs, target: Target) -> Non
     record = [(torch.where(m, x[rows], torch.nan), 1) for x, m in zip(data.x, masks, strict=True)]
     with torch.no_grad():
         drawn_SRD = data.imputer.vae.impute(record, DRAWS, torch.Generator().manual_seed(SEED), data.imputer.diffusion)[j]
-        deviation_SRD = data.imputer.deviations(j, drawn_SRD, data.imputer.believe([x[rows] for x in data.x], masks, j))
+        deviation_SRD = data.imputer.deviations(j, drawn_SRD, data.imputer.drawn_from([x[rows] for x in data.x], masks, j))
     deviation = (deviation_SRD.clamp(-5, 5) * target.real_D).flatten(0, 1)
     vae_DD = deviation.T @ deviation / len(deviation) + torch.diag((~target.real_D).float())
     count_DD = scored_ND.T @ scored_ND

@@ -74,10 +74,9 @@ def kl_each(q_mean: Tensor, q_var: Tensor, p_mean: Tensor, p_var: Tensor) -> Ten
 
 def product(prior: Normal, mean: Tensor, precision: Tensor) -> Normal:
     """Prior expert times a data expert; a precision of 0 leaves the prior exactly as it is."""
-    total = 1 / prior.var + precision
-    weight = precision / total
-    # Where the weight is 0 the sums below are prior + 0, to the bit.
-    return Normal(prior.mean + weight * (mean - prior.mean), prior.var * (1 - weight))
+    sharper = precision * prior.var
+    total = 1 + sharper
+    return Normal(torch.lerp(prior.mean, mean, sharper / total), prior.var / total)
 
 
 class Linear(nn.Module):
@@ -89,9 +88,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(len(self.weight), *x.shape[-2:])
-        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """onto: what the product is added to where there is no bias."""
+        x, added = x.expand(len(self.weight), *x.shape[-2:]), self.bias if onto is None else onto
+        return torch.bmm(x, self.weight) if added is None else torch.baddbmm(added, x, self.weight)
 
 
 def keep_scale(layer: Linear) -> None:
@@ -237,7 +237,7 @@ class Private(nn.Module):
         N = draws x B: the draws of z0 are the slower part of N.
         """
         draws = z0_ENL.shape[1] // max(1, len(code_BC))
-        hidden = fn.silu(self.from_code(code_BC).repeat(1, draws, 1) + self.from_shared(z0_ENL))
+        hidden = fn.silu(self.from_shared(z0_ENL, self.from_code(code_BC).repeat(1, draws, 1)))
         mean, raw = self.expert(hidden).float().chunk(2, -1)
         return product(prior, mean, fn.softplus(raw) * present_B.repeat(draws).unsqueeze(-1))
 
@@ -246,4 +246,4 @@ class Private(nn.Module):
         latent = torch.cat([z0_ENL, zj_ENL], -1)
         if self.convolved:
             return self.decoder(latent)
-        return self.curved(self.decoder(latent)) + self.linear(latent)
+        return self.linear(latent, self.curved(self.decoder(latent)))

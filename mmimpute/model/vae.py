@@ -60,6 +60,11 @@ class Latents:
     mean_EBL: Tensor
     noise_S11L: Tensor
 
+    @property
+    def centre(self) -> "Latents":
+        """The means as the only node."""
+        return Latents(self.mean_EBL[None], self.mean_EBL, torch.zeros_like(self.noise_S11L[:1]))
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -76,8 +81,10 @@ class Decoded:
 
 def _placed(terms: Sequence[Tensor], rows: Sequence[Tensor], batch: int) -> Tensor:
     """K terms (E, H) of some records each, the last of which may be repeated ones, among all records: (E, B, K), the others' being 0."""
-    placed = [t.new_zeros(len(t), batch).index_copy(1, r, t[:, : len(r)]) for t, r in zip(terms, rows, strict=True)]
-    return torch.stack(placed, 2)
+    known = torch.cat([t[:, : len(r)] for t, r in zip(terms, rows, strict=True)], 1)
+    places = torch.cat([r + k * batch for k, r in enumerate(rows)])
+    placed = known.new_zeros(len(known), len(rows) * batch).index_copy(1, places, known)
+    return placed.unflatten(1, (len(rows), batch)).transpose(1, 2)
 
 
 def _code(modality: ModalityConfig, config: ModelConfig) -> nn.Module:
@@ -195,9 +202,12 @@ class MultiModalVAE(nn.Module):
         score_EH = scores(hidden, self.config.pair_weight if self.training else 0.0, generator)
         with torch.no_grad():  # reported only: its gradient would have no use
             impute_EH = [(log_prob.mean(0) * t.seen_BD).sum(-1) for log_prob, t in zip(log_probs(hidden), hidden, strict=True)]
-        adversarial_EH = [self._adversary(j, d, inputs, elbo_scale, generator) for j, d in enumerate(decoded)]
         rows = [d.rows_H[: d.count] for d in decoded]
-        impute_EBK, score_EBK, adversarial_EBK = (_placed(t, rows, batch) for t in (impute_EH, score_EH, adversarial_EH))
+        impute_EBK, score_EBK = (_placed(t, rows, batch) for t in (impute_EH, score_EH))
+        adversarial_EBK = torch.zeros_like(score_EBK)
+        if self.training and self.judges:
+            adversarial_EH = [self._adversary(j, d, inputs, elbo_scale, generator) for j, d in enumerate(decoded)]
+            adversarial_EBK = _placed(adversarial_EH, rows, batch)
         reconstruction_ERK = torch.stack([(p * t.seen_BD).sum(-1) for p, t in zip(log_probs(shown), shown, strict=True)], 2)
         private_kl = together(kl_each, [(*d.posterior, *d.prior) for d in decoded])
         private_kl_ERK = torch.stack([t.sum(-1) for t in private_kl], 2) * inputs.present_BK[:some]
@@ -263,9 +273,9 @@ class MultiModalVAE(nn.Module):
         return Decoded(shown, hidden, posterior_R, prior_R, z0_SEHL[0], rows_H, len(hidden_H))
 
     def _adversary(self, j: int, decoded: Decoded, inputs: Inputs, warmth: float, generator: torch.Generator | None) -> Tensor:
-        """Losses of discriminator and decoder over hidden rows, (E, H): of the first draw; 0 with other decoders, and outside training."""
+        """Losses of discriminator and decoder over hidden rows, (E, H): of the first draw; 0 with other decoders."""
         z0_EHL, rows_H, seen_HD = decoded.z0_EHL, decoded.rows_H, decoded.hidden.seen_BD
-        if not self.training or str(j) not in self.judges:
+        if str(j) not in self.judges:
             return z0_EHL.new_zeros(z0_EHL.shape[:2])
         judge = self.judges[str(j)]
         first = {kind: head[0] for kind, head in decoded.hidden.heads.items()}

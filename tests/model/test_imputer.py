@@ -143,6 +143,24 @@ def test_experts_say_what_they_believe(model, records):
         assert (std > 0).all()
 
 
+def test_the_stack_hears_the_vae_at_the_means_of_its_latents(model, records, monkeypatch):
+    """However many nodes stand for what it draws, which is wider than what it says at any of them."""
+    x, observed = records
+    observed[1] = torch.zeros_like(observed[1])
+    vae, inputs = model.vae, model.vae.inputs(x, observed)
+    mean_EBL = vae.inference(inputs.codes, inputs.shown_BK).mean
+    heads = vae._decode(1, inputs, mean_EBL[None], torch.zeros(1, 1, 1, 1))
+    told_B = inputs.shown_BK.any(1)
+    for nodes in (2, 64):
+        monkeypatch.setattr(imputer, "NODES", nodes)
+        believed = model.believe(x, observed, 1)
+        for found_EBD, expected_EBD in zip(
+            (believed.location_MEBD[0], believed.scale_EBD), vae.likelihoods[1].location_scale(heads), strict=True
+        ):
+            torch.testing.assert_close(found_EBD[:, told_B], expected_EBD[:, told_B])
+    assert (model.drawn_from(x, observed, 1)[1] > believed.scale_EBD)[..., model.real_1].float().mean() > 0.9
+
+
 # -- draws --------------------------------------------------------------------------------------------------------------
 
 
