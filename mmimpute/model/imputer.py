@@ -151,6 +151,15 @@ class Imputer(nn.Module):
         others_B = (present_BK.sum(1) - present_BK[:, j]) / max(1, present_BK.shape[1] - 1)
         return Beliefs(torch.stack([location_EBD, additive, gaussian]), scale_EBD, others_B)
 
+    def _margins(self, j: int, mode: int, given: "Conditioned", rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Every member's location and scale of modality j of some records, (E, R, D): the stack's. Of a record of which nothing is observed
+        it was never asked; what is true of it is what is true of people."""
+        location, scale = self.stack.modalities[j](self._beliefs(j, given, rows), mode)
+        unknown_R1 = ~given.inputs.present_BK[rows].any(1, keepdim=True)
+        real_D, mean_D = getattr(self, f"real_{j}"), self.vae.standardise[j].mean
+        marginal_D = torch.where(real_D, 0.0, torch.logit(mean_D, 1e-3))
+        return torch.where(unknown_R1, marginal_D, location), torch.where(unknown_R1, 1.0, scale)
+
     def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor]]:
         """Per modality, the records with gaps in it and those that lack it whole: mode and rows, the first perhaps more than once."""
         for j, seen_BD in enumerate(given.inputs.observed):
@@ -220,7 +229,7 @@ class Imputer(nn.Module):
             moments = self.vae.likelihoods[j].moments(heads, self.vae.standardise[j])
             if alone:
                 return moments
-        location, scale = pooled(*self.stack.modalities[j](self._beliefs(j, given, rows), mode))
+        location, scale = pooled(*self._margins(j, mode, given, rows))
         mixed = original(location, scale, getattr(self, f"real_{j}"), self.vae.standardise[j])
         return mixed if mixed_D.all() else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, moments, strict=True))
 
@@ -273,7 +282,7 @@ class Imputer(nn.Module):
     def _moved(self, j: int, mode: int, drawn_SRD: Tensor, given: "Conditioned", rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws of the VAE with the margins of the stack."""
         real_D, own = getattr(self, f"real_{j}"), self._own(j, given, given.latents, rows)
-        location_ERD, scale_ERD = self.stack.modalities[j](self._beliefs(j, given, rows), mode)
+        location_ERD, scale_ERD = self._margins(j, mode, given, rows)
         location, scale = pooled(location_ERD, scale_ERD)
         around_ERD, within_RD = drawn_around(location_ERD, scale)
         member_S = self._drawing(len(drawn_SRD))

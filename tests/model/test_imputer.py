@@ -97,6 +97,17 @@ def test_a_record_does_not_depend_on_its_neighbours(model, records, monkeypatch)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_of_whom_nothing_is_observed_is_said_what_is_true_of_people(model, records):
+    x, observed = records
+    p = model.predict(x, observed, LEVEL)
+    for j, i, kind, _ in KINDS:
+        standardise, (mean, std) = model.vae.standardise[j], (p.mean[j][0, i], p.std[j][0, i])
+        if kind == "binary":
+            torch.testing.assert_close(mean, standardise.mean[i])
+        elif kind == "real" and not standardise.log[i]:
+            torch.testing.assert_close((mean, std), (standardise.mean[i], standardise.std[i]))
+
+
 def test_evidence_moves_predictions_towards_the_truth(model):
     """The columns are linked: half of the variance of what is missing is told by the rest."""
     x = linked(mixed_values(400, seed=8), seed=8)
