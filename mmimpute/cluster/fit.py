@@ -39,13 +39,11 @@ from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
 from mmimpute.stacking import Assembly, assemble, early, fit_others
-from mmimpute.training import OptimiserSettings, Schedule, Training, keeps, optimiser, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, judges, keeps, optimiser, schedule, summarise
 
 STATE = "state.pt"
 TUNE_BATCH = 1024
-MOST_TUNED = 2_000  # records that judge an epoch of a single member, which may stop it, up to TUNE_BYTES of them
-MOST_SHOWN = 500  # the same of several members, whose loss is only shown: 2,000 took a fifth of the time of training nhanes
-TUNE_BYTES = 64 << 20
+TUNE_BYTES = 64 << 20  # of the records that judge an epoch, at most
 MOST_LEARNERS, MOST_JUDGES = 20_000, 10_000  # records to which the other experts and the stack are fitted
 SAMPLE_BYTES = 512 << 20  # of those records at most: images are large
 MOST_THREADS = 4  # that fit other experts and the stack: each holds the encoded records of a modality's regression
@@ -202,12 +200,9 @@ class RankRecords:
         self.x_ND, self.fold_N, self.whole = load(shard, limit, members)
         self.learners = ((self.fold_N < 0) | (members > 1)).nonzero().squeeze(1)
 
-    def judges(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Records that judge a member, and their folds."""
-        most = min(most, max(1, int(TUNE_BYTES / (4 * self.x_ND.shape[1]))))
-        # In the order of a hash whose first part is the fold: every n-th keeps the folds even.
-        rows = (self.fold_N >= 0).nonzero().squeeze(1)
-        rows = rows[:: max(1, -(-len(rows) // most))]
+    def judges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records that judge epochs, and their folds."""
+        rows = judges(self.fold_N, self.members, max(1, int(TUNE_BYTES / (4 * self.x_ND.shape[1]))))
         return self.x_ND[rows].to(self.device), self.fold_N[rows].to(self.device)
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +254,7 @@ def train_loop(loop: dict[str, Any]) -> None:
     share = loop["cache_share"] * psutil.virtual_memory().total / context.get_local_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size() - 1))  # one is for all others
     data = RankRecords(train.get_dataset_shard("train"), device, share, training.model.config.members)
-    tune = data.judges(MOST_TUNED if data.members == 1 else MOST_SHOWN)
+    tune = data.judges()
     reporter = Reporter(training, best, loop["queue"] if context.get_world_rank() == 0 else None, loop["checkpoint_seconds"])
     others = None
     if best["stopped"]:

@@ -49,9 +49,9 @@ def bare(folder: Path, epochs: int) -> dict:
     import torch
 
     from mmimpute import registry
-    from mmimpute.cluster.fit import MOST_TUNED, TUNE_BATCH
+    from mmimpute.cluster.fit import TUNE_BATCH
     from mmimpute.data.tensors import split
-    from mmimpute.training import OptimiserSettings, Training, schedule, slices, take
+    from mmimpute.training import OptimiserSettings, Training, judges, schedule, slices, take
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # as the worker of a fit has
     model = registry.load(str(folder / "model-cached"))
@@ -60,7 +60,7 @@ def bare(folder: Path, epochs: int) -> dict:
     values, masks = split(x_ND, model.widths)
     data = [v.contiguous() for v in values], masks
     learners = ((fold_N < 0) | (model.module.config.members > 1)).nonzero().squeeze(1)
-    judges = (fold_N >= 0).nonzero().squeeze(1)[:MOST_TUNED]
+    rows = judges(fold_N, model.module.config.members)
     training = Training(model.module.vae, OptimiserSettings(), plan.total_steps)
     began, rates = time.perf_counter(), []
     for _ in range(epochs):
@@ -69,7 +69,7 @@ def bare(folder: Path, epochs: int) -> dict:
         order = torch.cat([order, order])[: plan.steps_per_epoch * plan.batch]
         for index in order.split(plan.batch):
             training.step(*take(data, index), fold_N[index])
-        training.tune((*take(data, judges[i]), fold_N[judges[i]]) for i in slices(len(judges), TUNE_BATCH))
+        training.tune((*take(data, rows[i]), fold_N[rows[i]]) for i in slices(len(rows), TUNE_BATCH))
         rates.append(len(order) / (time.perf_counter() - start))
     return {"rates": rates, "seconds": time.perf_counter() - began}
 

@@ -11,7 +11,7 @@ from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statis
 
 from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.model.config import MOST_LAYERS
-from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, optimiser, schedule, slices, summarise, take
+from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, judges, optimiser, schedule, slices, summarise, take
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
 
@@ -82,6 +82,17 @@ def test_a_record_judges_only_the_member_that_has_not_seen_it():
             p.fill_(torch.nan).narrow(0, e, 1).copy_(whole[name][e : e + 1])
         sums = training.tune([(*take(DATA, fold == e), fold[fold == e])])
         assert sums["rows"] == 32 and np.isfinite(list(sums.values())).all()
+
+
+@pytest.mark.parametrize("members, most", [(1, 2_000), (5, 500)])
+@pytest.mark.parametrize("rows", [30, 3_000, 9_999])
+def test_epochs_are_judged_by_some_records_of_every_fold(rows, members, most):
+    fold_N = torch.arange(rows) % (members + 1) - 1
+    chosen = judges(fold_N, members)
+    assert len(chosen) == min(most, int((fold_N >= 0).sum())) and len(set(chosen.tolist())) == len(chosen)
+    share = fold_N[chosen].bincount(minlength=members) / len(chosen)
+    assert (fold_N[chosen] >= 0).all() and (share - 1 / members).abs().max() < 0.05
+    assert len(judges(fold_N, members, 7)) == 7
 
 
 def test_the_rate_rises_then_falls_to_zero():
