@@ -223,15 +223,15 @@ class Imputer(nn.Module):
 
     def _original(self, j: int, mode: int, given: "Conditioned", rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (R, D) in original units; what only the VAE knows comes from its mixture."""
-        mixed_D, alone = getattr(self, f"mixed_{j}"), self.config.modalities[j].structured
-        if alone or not mixed_D.all():
+        mixed_D, standardise = getattr(self, f"mixed_{j}"), self.vae.standardise[j]
+        moments = None
+        if self.config.modalities[j].structured or not mixed_D.all():
             heads = self.vae.heads(j, given.inputs, given.latents, rows)
-            moments = self.vae.likelihoods[j].moments(heads, self.vae.standardise[j])
-            if alone:
-                return moments
-        location, scale = pooled(*self._margins(j, mode, given, rows))
-        mixed = original(location, scale, getattr(self, f"real_{j}"), self.vae.standardise[j])
-        return mixed if mixed_D.all() else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, moments, strict=True))
+            moments = self.vae.likelihoods[j].moments(heads, standardise)
+        if self.config.modalities[j].structured or not mixed_D.any():
+            return moments
+        mixed = original(*pooled(*self._margins(j, mode, given, rows)), getattr(self, f"real_{j}"), standardise)
+        return mixed if moments is None else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, moments, strict=True))
 
     @torch.no_grad()
     def experts(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int) -> dict[str, tuple[Tensor, Tensor]]:
