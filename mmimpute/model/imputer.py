@@ -54,7 +54,6 @@ class Conditioned:
 
     inputs: Inputs
     latents: Latents
-    centre: Latents  # the means alone
     filled_EBP: Tensor | None  # the Gaussian's completed vector
     columns_EBC: Tensor | None  # of the additive expert
     values_EBV: Tensor | None  # of its wide modalities; all three None where nothing else is asked for than the VAE knows alone
@@ -133,8 +132,7 @@ class Imputer(nn.Module):
         inputs = self.vae.inputs(x, observed)
         linear = self.linear(inputs) if any(not m.structured for m in self.config.modalities) else (None, None, None)
         with products():
-            latents = self.vae.latents(inputs, self.nodes)
-        return Conditioned(inputs, latents, latents.centre, *linear)
+            return Conditioned(inputs, self.vae.latents(inputs, self.nodes), *linear)
 
     def _own(self, j: int, given: "Conditioned", latents: Latents, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the VAE says of modality j of some records, by its member: see `Likelihoods.location_scale`."""
@@ -142,7 +140,7 @@ class Imputer(nn.Module):
 
     def _beliefs(self, j: int, given: "Conditioned", rows: Tensor) -> Beliefs:
         """What all experts say of modality j of some records, the VAE at the means of its latents."""
-        location_EBD, scale_EBD = self._own(j, given, given.centre, rows)
+        location_EBD, scale_EBD = self._own(j, given, given.latents.centre, rows)
         gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j].index_select(1, rows))
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
