@@ -75,7 +75,8 @@ class Imputer(nn.Module):
             self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             if m.width <= WIDE and not m.structured:
                 self.register_buffer(f"colour_{j}", torch.eye(m.width))
-            self.register_buffer(f"mixed_{j}", torch.tensor([k in ("real", "binary") for k in m.kinds]), persistent=False)
+            mixed_D = torch.tensor([k in ("real", "binary") and not m.structured for k in m.kinds])  # what several experts know
+            self.register_buffer(f"mixed_{j}", mixed_D, persistent=False)
 
     @classmethod
     def untrained(cls, config: ModelConfig, statistics: Mapping[str, FeatureStatistics], rows: int) -> "Imputer":
@@ -134,13 +135,13 @@ class Imputer(nn.Module):
         with products():
             return Conditioned(inputs, self.vae.latents(inputs, self.nodes), *linear)
 
-    def _own(self, j: int, given: "Conditioned", latents: Latents, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the VAE says of modality j of some records, by its member: see `Likelihoods.location_scale`."""
-        return self.vae.likelihoods[j].location_scale(self.vae.heads(j, given.inputs, latents, rows))
+        return self.vae.likelihoods[j].location_scale(self.vae.heads(j, inputs, latents, rows))
 
     def _beliefs(self, j: int, given: "Conditioned", rows: Tensor) -> Beliefs:
         """What all experts say of modality j of some records, the VAE at the means of its latents."""
-        location_EBD, scale_EBD = self._own(j, given, given.latents.centre, rows)
+        location_EBD, scale_EBD = self._own(j, given.inputs, given.latents.centre, rows)
         gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j].index_select(1, rows))
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
@@ -176,8 +177,8 @@ class Imputer(nn.Module):
     @torch.no_grad()
     def drawn_from(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int) -> tuple[Tensor, Tensor]:
         """Mean and deviation of what each member of the VAE draws of modality j of every record, none of which may hold all of it."""
-        given = self._conditioned(x, observed)
-        return self._own(j, given, given.latents, torch.arange(len(x[j]), device=self.device))
+        inputs = self.vae.inputs(x, observed)
+        return self._own(j, inputs, self.vae.latents(inputs, self.nodes), torch.arange(len(x[j]), device=self.device))
 
     # -- use ------------------------------------------------------------------------------------------------------
 
@@ -223,14 +224,12 @@ class Imputer(nn.Module):
     def _original(self, j: int, mode: int, given: "Conditioned", rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (R, D) in original units; what only the VAE knows comes from its mixture."""
         mixed_D, standardise = getattr(self, f"mixed_{j}"), self.vae.standardise[j]
-        moments = None
-        if self.config.modalities[j].structured or not mixed_D.all():
-            heads = self.vae.heads(j, given.inputs, given.latents, rows)
-            moments = self.vae.likelihoods[j].moments(heads, standardise)
-        if self.config.modalities[j].structured or not mixed_D.any():
-            return moments
+        if not mixed_D.all():
+            alone = self.vae.likelihoods[j].moments(self.vae.heads(j, given.inputs, given.latents, rows), standardise)
+            if not mixed_D.any():
+                return alone
         mixed = original(*pooled(*self._margins(j, mode, given, rows)), getattr(self, f"real_{j}"), standardise)
-        return mixed if moments is None else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, moments, strict=True))
+        return mixed if mixed_D.all() else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, alone, strict=True))
 
     @torch.no_grad()
     def experts(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -280,7 +279,7 @@ class Imputer(nn.Module):
 
     def _moved(self, j: int, mode: int, drawn_SRD: Tensor, given: "Conditioned", rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws of the VAE with the margins of the stack."""
-        real_D, own = getattr(self, f"real_{j}"), self._own(j, given, given.latents, rows)
+        real_D, own = getattr(self, f"real_{j}"), self._own(j, given.inputs, given.latents, rows)
         location_ERD, scale_ERD = self._margins(j, mode, given, rows)
         location, scale = pooled(location_ERD, scale_ERD)
         around_ERD, within_RD = drawn_around(location_ERD, scale)
