@@ -139,7 +139,7 @@ class FitSettings(_Settings):
     workers: int = Field(0, ge=0)
     gpus_per_worker: float = Field(0, ge=0)
     cache_share: float = Field(0.25, ge=0, le=0.9, description="of a host's memory that its workers may fill with training records")
-    checkpoint_seconds: float = Field(20, ge=0, description="at most between two checkpoints, or one epoch")
+    checkpoint_seconds: float = Field(60, ge=0, description="at most between two checkpoints, or one epoch")
     z0: int | None = Field(None, ge=1, description="width of the shared latent")
     warm_start: bool = Field(False, description="start from the champion's weights, where its sizes and kinds are the same")
     pattern: bool = Field(

@@ -31,8 +31,12 @@ def cluster(settings: ClusterSettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # A bare init would attach to any cluster on this host.
-    local = {"num_cpus": settings.cpus, "include_dashboard": False} if settings.address is None else {}
+    local = {}
+    if settings.address is None:
+        # A bare init would attach to any cluster on this host.
+        local = {"num_cpus": settings.cpus, "include_dashboard": False}
+        # An actor that watches for nodes about to be taken away: here there is one, with this process on it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(address=settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     _quieten()
     try:

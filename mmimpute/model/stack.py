@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as fn
@@ -34,6 +35,7 @@ COMMON_PENALTY = 1e-3
 VAE_PENALTY = 5.0  # of weights other than the VAE alone, in records
 ETA_PENALTY = 3.0  # in records
 STEPS = 40  # of L-BFGS
+ENOUGH = 3e-6  # gain of a step in the score, relative to the marginal's, below which it stops: to 1e-9 takes a third more of them
 COMMON = ("weight", "kappa", "gamma", "eta")
 WIDE = 160  # features from which a modality's features have no weights of their own
 SAMPLE = 64
@@ -47,6 +49,15 @@ class Beliefs:
     location_MEBD: Tensor
     scale_EBD: Tensor  # the VAE's standard deviation
     others_B: Tensor  # share of the other modalities that are observed
+
+    @cached_property
+    def log_scale_EBD(self) -> Tensor:
+        return self.scale_EBD.log()
+
+    @cached_property
+    def disagreement_EBD(self) -> Tensor:
+        """How far the experts are apart: log(1 + their deviation / the VAE's)."""
+        return torch.log1p(variance(self.location_MEBD).clamp_min(1e-12).sqrt() / self.scale_EBD)
 
     def rows(self, rows: Tensor) -> "Beliefs":
         return Beliefs(self.location_MEBD[:, :, rows], self.scale_EBD[:, rows], self.others_B[rows])
@@ -84,13 +95,12 @@ def mix(parameters: dict[str, Tensor], beliefs: Beliefs) -> tuple[Tensor, Tensor
     p = parameters
     weight_EM1D = p["weight"][:, :, None, None] + p["delta"][:, :, None]
     location_EBD = (weight_EM1D.transpose(0, 1) * beliefs.location_MEBD).sum(0) + p["offset"][:, None]
-    disagreement_EBD = variance(beliefs.location_MEBD).clamp_min(1e-12).sqrt()
     level_E1D = p["level"][:, None]
     log_scale_EBD = (
         level_E1D
-        + p["kappa"][:, None, None] * (beliefs.scale_EBD.log() - level_E1D)
+        + p["kappa"][:, None, None] * (beliefs.log_scale_EBD - level_E1D)
         + p["shift"][:, None]
-        + p["gamma"][:, None, None] * torch.log1p(disagreement_EBD / beliefs.scale_EBD)
+        + p["gamma"][:, None, None] * beliefs.disagreement_EBD
         + (p["eta"][:, None] * (beliefs.others_B - p["usual"][:, None]))[..., None]
     )
     return location_EBD, log_scale_EBD.clamp(*LOG_SCALE).exp()
@@ -212,7 +222,7 @@ def _fit_member(parameters: dict[str, Tensor], prior: tuple[Tensor, float], beli
         return parameters
     parameters["alone"] = _alone(beliefs, target, scored_END, count_ED)
     parameters["usual"] = beliefs.others_B.mean()[None]
-    parameters["level"] = (beliefs.scale_EBD.log() * scored_END).sum(1) / count_ED
+    parameters["level"] = (beliefs.log_scale_EBD * scored_END).sum(1) / count_ED
     chosen = target.live_D.nonzero().squeeze(1)
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
     some = {name: t if name in (*COMMON, "usual") else t[..., chosen] for name, t in parameters.items()}
@@ -246,7 +256,7 @@ def _minimise(
     least, best = math.inf, {name: parameters[name] for name in names}
     free = {name: t.clone().requires_grad_() for name, t in best.items()}
     parameters |= free
-    optimiser = torch.optim.LBFGS(list(free.values()), max_iter=STEPS, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(list(free.values()), max_iter=STEPS, tolerance_change=ENOUGH, line_search_fn="strong_wolfe")
     count_ED, features = scored_END.sum(1).clamp_min(1), scored_END.shape[2]
     share_ED = 1 / count_ED / target.marginal_D / features
 
