@@ -69,11 +69,13 @@ def schedule(rows: int, batch: int | None = None, epochs: int | None = None, str
     (two seeds differ by .0006), by batch and epochs: nhanes 0.0 of 256 (rate 3e-3) 48 .2766, 64 .2775; of 512 (4.2e-3) 48 .2764, 64 .2779
     in half of the steps; of 1,024 (6e-3) 64 .2761, 96 .2784; 0.5 of 256 48 .2412, of 512 64 .2418, 96 .2412. Of 128 after 30, 48, 64, 96
     epochs: eicu 0.0 .1422 .1446 .1444 -, 0.5 .0818 .0818 .0804 -, tcga 0.0 .1834 .1839 .1848 .1854, 0.5 .1263 .1259 .1262 -; of 256 after
-    48: eicu 0.0 .1438, tcga 0.0 .1825. Where there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000
-    steps of 256, .2151 after 4,000; one member .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records
-    after 3,000 steps .010 .011 .014, after 5,000 .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two
-    layers, with three .006 .007 .007 after 5,000 and .006 .005 .007 after 8,000 (of 128 features, VAE alone, after 3,000 and 8,000 .0086
-    and .0051 on average).
+    48: eicu 0.0 .1438, tcga 0.0 .1825. With weights that decay as they do now (`optimiser`), after 48, 30, 30 with 1.6 times the decay, and
+    48 of 256 with twice the decay: tcga 0.0 .1848 .1837 .1839 .1826, 0.5 .1313 .1280 .1287 .1300, eicu 0.0 .1471 .1437 .1432 .1450, 0.5
+    .0855 .0828 .0791 -. Where there are more records, on 20% of 50,000 people of diabetes130: five members .2080 after 2,000 steps of 256,
+    .2151 after 4,000; one member .2082 after 940, .2128 after 2,000. Short of the oracle's R2 on 200,000 simulated records after 3,000
+    steps .010 .011 .014, after 5,000 .011 .013 .014; on 1,000,000 of 256 features .006 .010 .010 and .004 .009 .008 with two layers, with
+    three .006 .007 .007 after 5,000 and .003 .005 .005 after 8,000 (the last where the stack hears the VAE at the means of its latents; at
+    two nodes .006 .005 .007).
     """
     few, many = rows < 2_500, rows >= 50_000
     batch = batch or (128 if few else 1024 if many else 256 if structured else 512)
