@@ -23,11 +23,11 @@ from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, 
 from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import Inputs, Latents, MultiModalVAE
 
-# Records of a prediction taken together at most, and its values held at once, nodes x members x records x features: a CPU's caches like a
-# thousand or two records, however wide. Records a second by pieces of 200, 400, 800, 1,200, 2,400: tcga 867 952 915 - -, eicu - 2,517 2,877
-# 2,900 2,850, nhanes - 6,220 7,790 8,470 8,990 (with smaller caches 2,400 were a fifth slower); of 2^18 values: 340, 1,850, 8,300. A GPU
-# likes large batches.
-PIECE = {"cpu": (1_536, 1 << 23), "cuda": (65_536, 1 << 24)}
+# Records of a prediction taken together at most, and its values held at once, nodes x members x records x features, without and with
+# images, signals or texts, whose networks hold many times that. A CPU's caches like a thousand or two records, however wide: a second by
+# pieces of 200, 400, 800, 1,200, 2,400: tcga 867 952 915 - -, eicu - 2,517 2,877 2,900 2,850, nhanes - 6,220 7,790 8,470 8,990 (with
+# smaller caches 2,400 were a fifth slower); of 2^18 values: 340, 1,850, 8,300. A GPU likes large batches.
+PIECE = {"cpu": (1_536, (1 << 23, 1 << 18)), "cuda": (65_536, (1 << 24, 1 << 24))}
 # Latent nodes per member that stand for the mixture that the VAE draws from; four were as good. To the stack the VAE says what it does at
 # the means of its latents: two nodes add noise, and how wide the mixture is the stack learns. Skill of 20% of the people by two nodes and
 # by the means: nhanes .2776 .2785, 0.5 .2419 .2434, eicu .1468 .1471, 0.5 .0856 .0855, tcga .1846 .1847, 0.5 .1312 .1313, one member of
@@ -192,7 +192,8 @@ class Imputer(nn.Module):
         on a seed nor on the records next to it.
         """
         most, values = PIECE[self.device.type]
-        size = max(1, min(most, values // (self.nodes * self.config.members * max(m.width for m in self.config.modalities))))
+        widest = self.nodes * self.config.members * max(m.width for m in self.config.modalities)
+        size = max(1, min(most, values[self.config.structured] // widest))
         count = max(1, -(-len(x[0]) // size))
         split_x, split_observed = (zip(*(t.tensor_split(count) for t in tensors), strict=True) for tensors in (x, observed))
         pieces = [self._predict(*piece, level) for piece in zip(split_x, split_observed, strict=True)]
