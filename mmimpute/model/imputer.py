@@ -192,8 +192,8 @@ class Imputer(nn.Module):
         on a seed nor on the records next to it.
         """
         most, values = PIECE[self.device.type]
-        widest = self.nodes * self.config.members * max(m.width for m in self.config.modalities)
-        size = max(1, min(most, values[self.config.structured] // widest))
+        per_record = self.nodes * self.config.members * max(m.width for m in self.config.modalities)
+        size = max(1, min(most, values[self.config.structured] // per_record))
         count = max(1, -(-len(x[0]) // size))
         split_x, split_observed = (zip(*(t.tensor_split(count) for t in tensors), strict=True) for tensors in (x, observed))
         pieces = [self._predict(*piece, level) for piece in zip(split_x, split_observed, strict=True)]
