@@ -7,11 +7,13 @@ from prefect import flow
 from flows import events
 from flows.tasks import Record, Stages, alerts, commit, drift, evaluate, fit, impute, plan, report
 from mmimpute import population
+from mmimpute.cluster import runtime
 from mmimpute.console import report_errors
 from mmimpute.spec import RunConfig, read_config
 
 
 @flow(name="population-run")
+@runtime.shared()
 def population_run(config: RunConfig) -> Record:
     """One population-scale run: plan, drift of what is new, fit, evaluate, impute, commit, alerts, report. Returns what each stage did.
 

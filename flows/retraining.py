@@ -7,11 +7,13 @@ from prefect import flow
 from flows import events
 from flows.tasks import Record, Stages, challenge, judge, plan, settle
 from mmimpute import population
+from mmimpute.cluster import runtime
 from mmimpute.console import report_errors
 from mmimpute.spec import RunConfig, read_config
 
 
 @flow(name="retrain")
+@runtime.shared()
 def retrain(config: RunConfig) -> Record:
     """A challenger for the shards as they are now: plan, challenge, judge, settle. Returns what each stage did; imputes nothing.
 

@@ -39,7 +39,7 @@ from mmimpute.model.standardise import FeatureStatistics
 from mmimpute.model.vae import MultiModalVAE
 from mmimpute.spec import FitSettings
 from mmimpute.stacking import Assembly, assemble, early, fit_others
-from mmimpute.training import OptimiserSettings, Schedule, Training, judges, keeps, optimiser, schedule, summarise
+from mmimpute.training import OptimiserSettings, Schedule, Training, judges, keeps, optimiser, schedule, shuffled, summarise
 
 STATE = "state.pt"
 TUNE_BATCH = 1024
@@ -222,9 +222,7 @@ class RankRecords:
         if not self.whole:
             yield from self._stream(seed, size, steps)
             return
-        order = self.learners[torch.randperm(len(self.learners), generator=torch.Generator().manual_seed(seed))]
-        while len(order) < steps * size:  # a rank may hold a few records fewer than planned
-            order = torch.cat([order, order])
+        order = self.learners[shuffled(len(self.learners), steps * size, torch.Generator().manual_seed(seed))]
         for step in range(steps):
             rows = order[step * size : (step + 1) * size]
             yield self.x_ND[rows].to(self.device), self.fold_N[rows].to(self.device)

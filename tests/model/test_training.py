@@ -11,7 +11,19 @@ from cohorts import CONFIG, everything, masks, mixed_model, mixed_values, statis
 
 from mmimpute.model import FeatureStatistics, ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.model.config import MOST_LAYERS
-from mmimpute.training import OptimiserSettings, Schedule, Training, fit_in_memory, judges, optimiser, schedule, slices, summarise, take
+from mmimpute.training import (
+    OptimiserSettings,
+    Schedule,
+    Training,
+    fit_in_memory,
+    judges,
+    optimiser,
+    schedule,
+    shuffled,
+    slices,
+    summarise,
+    take,
+)
 
 DATA = (mixed_values(96), masks(mixed_values(96), share=0.8))
 
@@ -106,7 +118,17 @@ def test_sizes_follow_the_number_of_rows():
     sizes = [schedule(n) for n in (1, 700, 6_500, 100_000, 1_000_000, 100_000_000)]
     assert [s.batch for s in sizes[:4]] == [128, 128, 512, 1024]
     assert all(s.total_steps >= 1 for s in sizes)
-    assert all(s.steps_per_epoch == max(1, n // s.batch) for s, n in zip(sizes[:5], (1, 700, 6_500, 100_000, 1_000_000), strict=True))
+    assert all(s.steps_per_epoch == n // s.batch for s, n in zip(sizes[1:5], (700, 6_500, 100_000, 1_000_000), strict=True))
+    assert sizes[0].total_steps == sizes[1].total_steps > schedule(700, epochs=1).total_steps > schedule(1, epochs=1).total_steps == 1
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 4), (7, 7), (7, 3), (7, 24)])
+def test_every_record_is_taken_before_one_is_taken_again(rows, size):
+    order = shuffled(rows, size, torch.Generator().manual_seed(0))
+    assert len(order) == size
+    for passed in order.split(rows):
+        assert len(set(passed.tolist())) == len(passed)
+    assert torch.equal(order[:rows], torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:size])
 
 
 def test_image_networks_are_trained_for_fewer_epochs():
