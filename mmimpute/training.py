@@ -325,9 +325,11 @@ def fit_in_memory(
     learns_N = (fold_N < 0) | (model.config.members > 1)
     train, train_fold_N = take(data, learns_N), fold_N[learns_N]
     labels = (lambda index: ()) if labels_NT is None else (lambda index: (labels_NT[learns_N][index],))
+    size = plan.steps_per_epoch * plan.batch
+    size = min(size, -(-size // len(fold_N)) * len(train_fold_N))  # as many passes as are planned, of the fewer that teach
     best, best_loss, best_epoch, history = copy.deepcopy(training.average), math.inf, 0, []
     for epoch in range(plan.epochs):
-        batches = shuffled(len(train_fold_N), plan.steps_per_epoch * plan.batch, shuffle).split(plan.batch)
+        batches = shuffled(len(train_fold_N), size, shuffle).split(plan.batch)
         steps = [training.step(*take(train, index), train_fold_N[index], *labels(index)) for index in batches]
         result = summarise(training.tune((*take(tune, i), *(t[i] for t in tune[2:])) for i in slices(len(tune[2]), 1024)))
         kept = keeps(model.config, result["loss"], best_loss)
