@@ -107,9 +107,7 @@ def linear(estimator):
 METHODS = {
     "mmimpute": ours,
     "ridge": peer(linear(RidgeCV(np.logspace(-2, 4, 13))), linear(LogisticRegressionCV(cv=3, scoring="neg_log_loss", max_iter=500))),
-    "boosting": peer(
-        *(trees(learning_rate=0.05, max_iter=100) for trees in (HistGradientBoostingRegressor, HistGradientBoostingClassifier))
-    ),
+    "boosting": peer(*(trees(**TREES) for trees in (HistGradientBoostingRegressor, HistGradientBoostingClassifier))),
 }
 
 

@@ -51,7 +51,7 @@ def bare(folder: Path, epochs: int) -> dict:
     from mmimpute import registry
     from mmimpute.cluster.fit import TUNE_BATCH
     from mmimpute.data.tensors import split
-    from mmimpute.training import OptimiserSettings, Training, judges, schedule, slices, take
+    from mmimpute.training import OptimiserSettings, Training, judges, schedule, shuffled, slices, take
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # as the worker of a fit has
     model = registry.load(str(folder / "model-cached"))
@@ -62,11 +62,10 @@ def bare(folder: Path, epochs: int) -> dict:
     learners = ((fold_N < 0) | (model.module.config.members > 1)).nonzero().squeeze(1)
     rows = judges(fold_N, model.module.config.members)
     training = Training(model.module.vae, OptimiserSettings(), plan.total_steps)
-    began, rates = time.perf_counter(), []
+    shuffle, began, rates = torch.Generator().manual_seed(0), time.perf_counter(), []
     for _ in range(epochs):
         start = time.perf_counter()
-        order = learners[torch.randperm(len(learners))]
-        order = torch.cat([order, order])[: plan.steps_per_epoch * plan.batch]
+        order = learners[shuffled(len(learners), plan.steps_per_epoch * plan.batch, shuffle)]
         for index in order.split(plan.batch):
             training.step(*take(data, index), fold_N[index])
         training.tune((*take(data, rows[i]), fold_N[rows[i]]) for i in slices(len(rows), TUNE_BATCH))
