@@ -16,7 +16,7 @@ from scipy.special import ndtr
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.profile import SMALLEST_GROUP, varies
 from mmimpute.data.schema import Modality
 from mmimpute.data.tensors import to_model
 from mmimpute.model.imputer import Imputer
@@ -179,7 +179,7 @@ def _score_whole(y, said: Hidden, m0, s0, skill: float | None, r2: float | None 
 def _whole(y, mean, std, m0, s0) -> tuple[float | None, float | None]:
     """Skill and R2 of all values."""
     seen, typical = ~np.isnan(y), np.sqrt(np.mean(s0**2))
-    if not typical > 1e-8:
+    if not varies(np.abs(m0).mean(), typical):
         return None, None
     floor = 1e-6 * typical
     loss, base = crps(y, mean, np.maximum(std, floor)), crps(y, m0, np.maximum(s0, floor))
@@ -211,7 +211,7 @@ def _average(features: list[dict], name: str) -> float | None:
 def _feature(name: str, kind: str, y, mean, std, m0: float, s0: float) -> dict | None:
     seen = ~np.isnan(y)
     y, mean, std = (a[seen].astype(np.float64) for a in (y, mean, std))
-    if len(y) < SMALLEST_GROUP or (kind != "categorical" and s0 <= 1e-8):
+    if len(y) < SMALLEST_GROUP or (kind != "categorical" and not varies(m0, s0)):
         return None
     found = {"name": name, "kind": kind, "n": len(y), "skill": None, "r2": None, "auroc": None}
     if kind == "categorical":  # the mean is the most probable level, its probability is not kept: accuracy over the commonest
@@ -232,7 +232,7 @@ def _intervals(y, mean, std) -> dict:
     seen = ~np.isnan(y)
     if seen.sum() < SMALLEST_GROUP:
         return {"cover90": None, "calibration": None, "pit": None}
-    z = ((y - mean) / np.maximum(std, 1e-12))[seen]
+    z = ((y - mean) / np.maximum(std, 1e-30))[seen]
     covered = [float((np.abs(z) <= norm.ppf(0.5 + level / 2)).mean()) for level in NOMINAL]
     pit = np.histogram(ndtr(z), 20, (0, 1))[0].tolist()
     return {"cover90": covered[NOMINAL.index(0.9)], "calibration": {"nominal": list(NOMINAL), "observed": covered}, "pit": pit}

@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mmimpute import registry
-from mmimpute.data.profile import SMALLEST_GROUP
+from mmimpute.data.profile import SMALLEST_GROUP, varies
 from mmimpute.data.schema import CohortSchema, Modality, tabled
 from mmimpute.data.split import fold
 from mmimpute.data.tensors import to_model
@@ -142,7 +142,7 @@ def cell_scores(modality: Modality, y, mean, std, m0, s0) -> tuple[np.ndarray, n
     loss, marginal, nats = (np.full(y.shape, np.nan) for _ in range(3))
     for d, feature in enumerate(modality.features):
         seen = ~np.isnan(y[:, d])
-        if seen.sum() < SMALLEST_GROUP or (feature.kind != "categorical" and s0[d] <= 1e-8):
+        if seen.sum() < SMALLEST_GROUP or (feature.kind != "categorical" and not varies(m0[d], s0[d])):
             continue
         own, base, log_density = _feature_scores(feature.kind, *(a[seen, d].astype(np.float64) for a in (y, mean, std)), m0[d], s0[d])
         if base.mean() > 0:
@@ -152,7 +152,7 @@ def cell_scores(modality: Modality, y, mean, std, m0, s0) -> tuple[np.ndarray, n
 
 def _whole_scores(y, mean, std, m0, s0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same of an image or a signal, whose values have one scale: some of them may hardly vary."""
-    scale = max(float(np.sqrt(np.mean(s0**2))), 1e-8)
+    scale = float(np.sqrt(np.mean(s0**2))) or 1.0
     base = crps(y, m0, np.maximum(s0, 1e-6 * scale))
     loss, _, nats = _feature_scores("real", y, mean, std, m0, scale)
     typical = np.nanmean(base)

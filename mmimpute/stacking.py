@@ -57,8 +57,9 @@ from mmimpute.model.regression import Regression
 from mmimpute.model.stack import GAP, WHOLE, Beliefs, Target
 from mmimpute.model.vae import MultiModalVAE
 
-SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
-# Of these the first where nobody judges. A penalty of 1: every feature follows the others as far as the typical one does.
+# Of these, and of the penalties, the first where nobody judges.
+SHRINKAGES = (0.1, 0.02, 0.3, 0.5)
+# A penalty of 1: every feature follows the others as far as the typical one does.
 PENALTIES = (1.0, 0.1, 0.3, 3.0, 10.0, 30.0)
 CODE_THRESHOLDS = (0.75, 0.5, 0.3)  # as sparse.THRESHOLD
 GAP_SHARE = 0.25  # of the observed values hidden to learn about gaps
@@ -75,7 +76,8 @@ class Assembly:
 
     def __init__(self, vae: MultiModalVAE, x: Sequence[Tensor], observed: Sequence[Tensor], fold_N: Tensor, threads: int = 1) -> None:
         self.x, self.observed, self.fold_N, self.threads = list(x), list(observed), fold_N, threads
-        self.imputer = Imputer(vae, kept_components(vae.config, len(fold_N))).eval()
+        gaps = [bool((seen_ND.any(1) & ~seen_ND.all(1)).any()) for seen_ND in observed]
+        self.imputer = Imputer(vae, kept_components(vae.config, len(fold_N), gaps)).eval()
         with torch.no_grad():
             self.inputs = vae.inputs(x, observed)
         self.members = vae.config.members
@@ -422,4 +424,4 @@ def _residuals(data: Assembly, j: int, mode: int, beliefs: Beliefs, target: Targ
     kept = target.scored_ND & target.real_D
     group_N = data.imputer.conformal.group(j, masks)
     spread = lambda t: t[:, None].expand(kept.shape)[kept]  # noqa: E731
-    return ((target.x_ND - mean) / std.clamp_min(1e-12))[kept], spread(group_N), spread(target.fold_N)
+    return ((target.x_ND - mean) / std.clamp_min(1e-30))[kept], spread(group_N), spread(target.fold_N)

@@ -252,10 +252,13 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     """Means from sums, possibly added up over batches and ranks.
 
     `loss` is the quantity for early stopping of a single member: the score of hidden values, mean over modalities (1 = the training
-    marginal), and `contrast`, the weighted contrastive loss, where there is one.
+    marginal), where nothing can be hidden the negative ELBO, and `contrast`, the weighted contrastive loss, where there is one. Where
+    nobody judges it is 1.
     `elbo`, `impute`, `shared_kl` are nats per record; `<modality>.reconstruction` and `.private_kl` nats
     per record that has it; `<modality>.impute` nats and `.score` the score per record in which it was hidden.
     """
+    if not sums:
+        return {"loss": 1.0}
     rows, elbo_rows = max(1.0, sums["rows"]), max(1.0, sums["elbo_rows"])
     names = [k.removesuffix(".hidden") for k in sums if k.endswith(".hidden")]
     out = {"elbo": sums["elbo"] / elbo_rows, "shared_kl": sums["shared_kl"] / elbo_rows}
@@ -265,7 +268,7 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
             if sums[f"{n}.{count}"]:
                 out[f"{n}.{term}"] = sums[f"{n}.{term}"] / sums[f"{n}.{count}"]
     scores = [out[f"{n}.score"] for n in names if f"{n}.score" in out]
-    loss = sum(scores) / len(scores) if scores else 1.0
+    loss = sum(scores) / len(scores) if scores else -out["elbo"]
     if "contrast" in sums:
         out["contrast"] = sums["contrast"] / rows
         loss += out["contrast"]
@@ -289,12 +292,12 @@ def shuffled(rows: int, size: int, generator: torch.Generator) -> Tensor:
 def keeps(config: ModelConfig, loss: float, least: float) -> bool:
     """Whether the averaged weights after an epoch with this tune loss take the place of those with the least before.
 
-    A single member's do where they are better. Several members are trained to the end: each then fits a little too much, and their mean
+    A single member's do where they are no worse. Several members are trained to the end: each then fits a little too much, and their mean
     gains by it (Sollich & Krogh 1996). Ensemble's skill on 20% of the training people, by weights of the epoch with the least tune loss and
     of the last (two seeds each): eicu 0.0 .1454 .1456, 0.5 .0590 .0654; tcga 0.0 .1687 .1691, 0.5 .0831 .0845; nhanes 0.0 .2730 .2736,
     0.5 .1688 .1701.
     """
-    return config.members > 1 or loss < least
+    return config.members > 1 or loss <= least
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ import os
 import socket
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores: two threads each took two to four times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,13 +19,34 @@ from mmimpute import store
 from mmimpute.data import storage
 from mmimpute.data.shards import publish_table
 
+# Those that take longest, which begin first: one that began last would go on alone. Faults in training disturb a cluster of their own.
+TRAINING = "tests/faults/test_training.py"
+LONGEST = (
+    "tests/faults/",
+    "tests/test_operate.py",
+    "tests/test_jobs.py",
+    "tests/test_docs.py",
+    "tests/test_flow.py",
+    "tests/model/test_diffusion.py",
+    "tests/test_classifying.py",
+    "tests/test_forms.py",
+    "tests/test_estimator.py",
+    "tests/test_upkeep.py",
+    "tests/test_features.py",
+)
+
 
 class ByModule(LoadScopeScheduling):
-    """Side by side with others goes a module as a whole, and so do all tests of faults, which share a cluster. (xdist's own groups
+    """Side by side with others goes a module as a whole, and so do all other tests of faults, which share a cluster. (xdist's own groups
     do nothing with pytest 9.2, which no longer reads the node id that they change.)"""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "tests/faults" if nodeid.startswith("tests/faults/") else nodeid.split("::")[0]
+        path = nodeid.split("::")[0]
+        return "tests/faults" if path.startswith("tests/faults/") and path != TRAINING else path
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: next((n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST)))
 
 
 def pytest_xdist_make_scheduler(config, log) -> ByModule:
@@ -127,6 +151,7 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     from mmimpute.data import shards as shard_files
     from mmimpute.model.imputer import Imputer
     from mmimpute.model.standardise import FeatureStatistics
+    from mmimpute.model.vae import MultiModalVAE
     from mmimpute.sizing import model_config
     from mmimpute.spec import FitSettings, read_spec
 
@@ -139,7 +164,7 @@ def untrained_model(url: str, home: str, spec_path: Path) -> str:
     schema, total = profile.settle(found.schema, total)
     torch.manual_seed(0)
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, total).items()}
-    module = Imputer.untrained(model_config(schema, 600, FitSettings()), statistics, 600)
+    module = Imputer(MultiModalVAE(model_config(schema, 600, FitSettings()), statistics), [0] * len(statistics))
     name = registry.save(home, module.eval(), schema, "untrained")
     registry.promote(home, name)
     return storage.join(home, name)

@@ -63,6 +63,20 @@ def test_observed_values_stay_and_missing_ones_follow_the_others(frame, fitted):
     assert ((out.loc[unknown, "site"] == "colon") == (frame.loc[unknown, "a"] > 0)).mean() > 0.7
 
 
+@pytest.mark.parametrize("unit", [2.0**-40, 2.0**40])
+def test_units_change_nothing(unit):
+    """Moles per litre instead of micromoles: the same people, the same answers."""
+    X = np.random.default_rng(0).normal(size=(120, 6)) @ np.tril(np.ones((6, 6)))
+    scale = np.r_[np.full(3, unit), np.ones(3)]
+    X[:40, :3] = np.nan
+    groups = {"a": [0, 1, 2], "b": [3, 4, 5]}
+    scaled, usual = (MultiModalImputer(groups, epochs=1).fit(x) for x in (X * scale, X))
+    for a, b in zip(scaled.transform(X * scale, return_std=True), usual.transform(X, return_std=True), strict=True):
+        np.testing.assert_allclose(a / scale, b, rtol=1e-3, atol=1e-3)
+    skill = scaled.evaluate(X * scale)["modalities"]["a"]["skill"]
+    assert skill == pytest.approx(usual.evaluate(X)["modalities"]["a"]["skill"], abs=1e-3)
+
+
 def test_deviations_are_of_what_was_missing(frame, fitted):
     _, std = fitted.transform(frame, return_std=True)
     missing = frame.isna().to_numpy()

@@ -18,6 +18,7 @@ from mmimpute.data.schema import FROM_PRIOR, LATENT, CohortSchema, Feature, Moda
 from mmimpute.errors import DataError
 
 TOKEN = re.compile(r"[^\W_]+")
+MOST = 3.4028235e38  # what rounds to a float of 32 bits
 UNSEEN = -1  # index of a value of no known level
 
 
@@ -69,10 +70,11 @@ def _decode_modality(table, modality: Modality, shard: str, strict: bool) -> np.
             [_decode_scalar(a, f, c, shard, strict) for a, f, c in zip(arrays, modality.features, modality.columns, strict=True)],
             len(table),
         )
-    if np.isinf(x).any():
-        at = int(np.isinf(x).any(0).argmax())
-        count = int(np.isinf(x[:, at]).sum())
-        raise DataError(shard, _label(modality, at), f"{count} infinite values", "finite numbers or null", "write null where not known")
+    beyond = np.abs(x) > MOST
+    if beyond.any():
+        at = int(beyond.any(0).argmax())
+        found = f"{beyond[:, at].sum()} infinite values, or beyond 3.4e38"
+        raise DataError(shard, _label(modality, at), found, "finite numbers or null", "write null where not known")
     if not x.flags.writeable and any(f.levels for f in modality.features):
         x = x.copy()  # a view of the Arrow buffer, and levels are replaced by their index
     for at, feature in enumerate(modality.features):

@@ -7,6 +7,7 @@ Nothing here is reported for fewer than SMALLEST_GROUP people.
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -238,7 +239,7 @@ def _whole(modality: Modality, seen: Statistics, start: int) -> dict[str, np.nda
     mean, std = np.zeros(width), np.ones(width)
     if modality.form != "text":
         channel_D, mean_C, std_C = _pooled(modality, seen, start)
-        mean, std = mean_C[channel_D], np.where(std_C > 1e-8 * np.maximum(np.abs(mean_C), 1e-30), std_C, 1.0)[channel_D]
+        mean, std = mean_C[channel_D], np.where(varies(mean_C, std_C), std_C, 1.0)[channel_D]
     found = {"mean": mean, "std": std, "unit": np.ones(width), "knots": np.tile(np.linspace(-2, 2, 9), (width, 1))}
     return {name: t.astype(np.float32) for name, t in found.items()} | {"log": np.zeros(width, bool)}
 
@@ -259,26 +260,32 @@ def marginals(schema: CohortSchema, seen: Statistics) -> dict[str, dict[str, lis
     return found
 
 
+def varies(mean: Any, std: Any) -> Any:
+    """Whether more than rounding is between a feature's values, in whatever unit it is."""
+    return std > 1e-8 * np.maximum(np.abs(mean), 1e-30)
+
+
 def _feature(feature: Feature, seen: Statistics, sample: np.ndarray, at: int) -> dict:
     values = sample[~np.isnan(sample)]
     if feature.kind == "categorical" or not seen.count[at]:
         return {"mean": 0.0, "std": 1.0, "log": False, "unit": 1.0, "knots": np.linspace(-2, 2, 9)}
     mean, std = seen.mean[at], np.sqrt(seen.m2[at] / seen.count[at])
-    if feature.levels:  # the sample holds their index
-        mean, std = values.mean(), values.std()
-    unit = 1.0 if feature.kind == "count" or not len(values) else float(np.median(np.abs(values))) or 1.0
+    if feature.levels:  # the sample holds their index; of a rare feature perhaps none
+        mean, std = (values.mean(), values.std()) if len(values) else ((len(feature.levels) - 1) / 2, 1.0)
+    present = np.abs(values[values != 0])
+    unit = 1.0 if feature.kind == "count" or not len(present) else float(np.median(present))
     log = len(values) > 0 and (feature.kind == "count" or (feature.kind == "real" and long_tailed(values, unit)))
     if log:
         values = signed_log(values, unit)
         mean, std = values.mean(), values.std()
-    std = std if std > 1e-8 * max(abs(mean), 1e-30) else 1.0
+    std = std if varies(mean, std) else 1.0
     knots = _octiles((values - mean) / std) if len(values) else np.linspace(-2, 2, 9)
     return {"mean": mean, "std": std, "log": log, "unit": unit, "knots": knots}
 
 
 def _octiles(z: np.ndarray) -> np.ndarray:
     """Nine edges. SMALLEST_GROUP people lie at or beyond the outer ones: the model file keeps no extreme of one."""
-    at = min(SMALLEST_GROUP - 1, len(z) // 8)
+    at = min(SMALLEST_GROUP - 1, (len(z) - 1) // 8)
     ordered = np.sort(z)
     return np.r_[ordered[at], np.quantile(z, np.arange(1, 8) / 8), ordered[-at - 1]]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmimpute.model.additive import Additive
 from mmimpute.model.config import ModelConfig
 from mmimpute.model.diffusion import Diffusion, diffused
-from mmimpute.model.gaussian import Gaussian, kept_components
+from mmimpute.model.gaussian import Gaussian
 from mmimpute.model.networks import fast_products, rounded
 from mmimpute.model.stack import EXPERTS, GAP, WHOLE, WIDE, Beliefs, Conformal, Stack, drawn_around, original, pooled
 from mmimpute.model.standardise import FeatureStatistics
@@ -79,11 +79,6 @@ class Imputer(nn.Module):
                 self.register_buffer(f"colour_{j}", torch.eye(m.width))
             mixed_D = torch.tensor([k in ("real", "binary") and not m.structured for k in m.kinds])  # what several experts know
             self.register_buffer(f"mixed_{j}", mixed_D, persistent=False)
-
-    @classmethod
-    def untrained(cls, config: ModelConfig, statistics: Mapping[str, FeatureStatistics], rows: int) -> "Imputer":
-        """First weights: where fitting starts. rows: of the training data."""
-        return cls(MultiModalVAE(config, statistics), kept_components(config, rows))
 
     @classmethod
     def from_state(cls, config: ModelConfig, state: Mapping[str, Tensor]) -> "Imputer":

@@ -40,6 +40,7 @@ COMMON = ("weight", "kappa", "gamma", "eta")
 WIDE = 160  # features from which a modality's features have no weights of their own
 SAMPLE = 64
 MOST_BETWEEN = 0.75
+TINY = 1e-30  # nearly the least that single precision tells from 0
 
 
 @dataclass(frozen=True)
@@ -158,26 +159,33 @@ class Target:
     real_D: Tensor
     standardise: Standardise
 
-    @property
+    @cached_property
     def marginal_D(self) -> Tensor:
-        """The score of the records' own marginal."""
-        count_D = self.scored_ND.sum(0).clamp_min(1)
-        mean_D = (self.x_ND * self.scored_ND).sum(0) / count_D
-        numbers_ND = crps(self.x_ND, mean_D, self._std_D.clamp_min(1e-6)) * self.scored_ND
+        """The score of the records' own marginal; of those that do not live, 1."""
+        mean_D, std_D = self._moments_D
+        numbers_ND = crps(self.x_ND.double(), mean_D, std_D.clamp_min(TINY)) * self.scored_ND
         chance_D = mean_D.clamp(1e-4, 1 - 1e-4)
         codes_D = fn.binary_cross_entropy(chance_D, chance_D, reduction="none")
-        return torch.where(self.real_D, numbers_ND.sum(0) / count_D, codes_D).clamp_min(1e-6)
+        found_D = torch.where(self.real_D, numbers_ND.sum(0) / self.scored_ND.sum(0).clamp_min(1), codes_D)
+        return torch.where(self.live_D, found_D, 1.0).float()
 
-    @property
-    def _std_D(self) -> Tensor:
-        count_D = self.scored_ND.sum(0).clamp_min(1)
-        mean_D = (self.x_ND * self.scored_ND).sum(0) / count_D
-        return (((self.x_ND - mean_D) * self.scored_ND).square().sum(0) / count_D).sqrt()
+    @cached_property
+    def _moments_D(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what is scored, in double precision: squares of large values are beyond single."""
+        count_D, x_ND = self.scored_ND.sum(0).clamp_min(1), self.x_ND.double()
+        mean_D = (x_ND * self.scored_ND).sum(0) / count_D
+        return mean_D, (((x_ND - mean_D) * self.scored_ND).square().sum(0) / count_D).sqrt()
 
-    @property
+    @cached_property
     def live_D(self) -> Tensor:
-        """Features that vary and are scored often enough to be judged."""
-        return (self._std_D > 1e-6) & (self.scored_ND.sum(0) >= 10)
+        """Features that vary, in whatever unit, and are scored often enough to be judged."""
+        mean_D, std_D = self._moments_D
+        return (std_D > 1e-6 * mean_D.abs().clamp_min(TINY)) & (self.scored_ND.sum(0) >= 10)
+
+    @cached_property
+    def least_std_D(self) -> Tensor:
+        """A deviation too small to be meant, in the features' units."""
+        return (1e-6 * self._moments_D[1]).clamp_min(TINY).float()
 
     def rows(self, rows: Tensor) -> "Target":
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in ("x_ND", "z_ND", "scored_ND", "fold_N")})
@@ -189,7 +197,7 @@ class Target:
     def score(self, location_END: Tensor, scale_END: Tensor) -> Tensor:
         """The scoring rule per value, relative to that of the marginal, (E, N, D)."""
         mean, std = original(location_END, scale_END, self.real_D, self.standardise)
-        numbers = crps(self.x_ND, mean, std.clamp_min(1e-6))
+        numbers = crps(self.x_ND, mean, torch.maximum(std, self.least_std_D))
         codes = fn.binary_cross_entropy_with_logits(location_END, self.x_ND.clamp(0, 1).expand_as(location_END), reduction="none")
         return torch.where(self.real_D, numbers, codes)
 
@@ -285,7 +293,8 @@ def _own_scale(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target, 
     location_END, scale_END = mix(parameters | {"shift": torch.zeros_like(parameters["shift"])}, beliefs)
     ratio_END = (target.z_ND - location_END).square() / scale_END.square()
     shift_ED = 0.5 * ((ratio_END * scored_END).sum(1) / count_ED).clamp_min(1e-4).log()
-    typical_E1 = (shift_ED * target.live_D).sum(1, keepdim=True) / target.live_D.sum()
+    judged_D = target.live_D & target.real_D  # codes are not on the scale of their errors
+    typical_E1 = (shift_ED * judged_D).sum(1, keepdim=True) / judged_D.sum().clamp_min(1)
     return typical_E1 + count_ED / (count_ED + PENALTY) * (shift_ED - typical_E1)
 
 

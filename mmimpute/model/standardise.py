@@ -42,7 +42,7 @@ class Standardise(nn.Module):
         if self.knots.shape != (d, 9):
             raise ValueError(f"knots have shape {tuple(self.knots.shape)}, expected {(d, 9)}")
         # A constant feature has no scale of its own.
-        self.std.copy_(torch.where(self.std > 1e-8, self.std, torch.ones_like(self.std)))
+        self.std.copy_(torch.where(self.std > 0, self.std, torch.ones_like(self.std)))
         nodes, weights = np.polynomial.hermite_e.hermegauss(9)
         self.register_buffer("nodes_Q", torch.as_tensor(nodes, dtype=torch.float32), persistent=False)
         self.register_buffer("weights_Q", torch.as_tensor(weights / weights.sum(), dtype=torch.float32), persistent=False)

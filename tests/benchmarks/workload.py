@@ -12,8 +12,10 @@ import torch
 from mmimpute import registry
 from mmimpute.data import profile, storage
 from mmimpute.data.schema import draft_schema
+from mmimpute.model.gaussian import kept_components
 from mmimpute.model.imputer import Imputer
 from mmimpute.model.standardise import FeatureStatistics
+from mmimpute.model.vae import MultiModalVAE
 from mmimpute.sizing import model_config
 from mmimpute.spec import CohortSpec, FitSettings
 
@@ -79,7 +81,8 @@ def make_model(home: Path, parts: Sequence[Part] = COHORT, members: int = 1) -> 
     statistics = {name: FeatureStatistics(**arrays) for name, arrays in profile.feature_statistics(schema, seen).items()}
     rows = {1: 100_000, 5: 10_000}[members]  # of training data: what decides on the number of members
     torch.manual_seed(0)
-    module = Imputer.untrained(model_config(schema, rows, FitSettings()), statistics, rows)
+    config = model_config(schema, rows, FitSettings())
+    module = Imputer(MultiModalVAE(config, statistics), kept_components(config, rows, [True] * len(config.modalities)))
     _correlate(module)
     name = registry.save(str(home), module.eval(), schema, "untrained")
     registry.promote(str(home), name)

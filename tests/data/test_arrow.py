@@ -16,6 +16,7 @@ from mmimpute.drafting import guess_spec
 from mmimpute.errors import DataError
 from mmimpute.spec import CohortSpec, ModalitySpec
 
+MOST = float(np.finfo(np.float32).max)  # the model's floats
 FLOATS = {"float": 32, "double": 64, "halffloat": 16}
 WHOLE = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"]
 LEVELS = ("low", "middle", "high")
@@ -23,7 +24,8 @@ LEVELS = ("low", "middle", "high")
 
 def numbers(kind: str):
     if kind in FLOATS:
-        return st.floats(width=FLOATS[kind], allow_nan=False, allow_infinity=False)
+        bounds = (-MOST, MOST) if kind == "double" else ()
+        return st.floats(*bounds, width=FLOATS[kind], allow_nan=False, allow_infinity=False)
     if kind == "bool":
         return st.booleans()
     bits = int(kind.lstrip("uint") or 0)
@@ -198,6 +200,7 @@ def test_a_feature_may_be_called_upper():
 BAD = {
     "wrong length": (table_of(x=[[1.0, 2.0], [1.0], None]), "auto", (), "1 lists of another length"),
     "infinity": (table_of(s__v=[1.0, np.inf, None]), "auto", (), "1 infinite values"),
+    "beyond the model's floats": (table_of(s__v=[1.0, np.finfo(float).max, None]), "auto", (), "1 infinite values, or beyond 3.4e38"),
     "infinity in a list": (table_of(x=[[1.0, -np.inf], None, None]), "auto", (), "x[f1]"),
     "unknown text": (table_of(s__v=["low", "huge", None]), "categorical", LEVELS, "1 values of no known level"),
     "unknown number": (table_of(s__v=[1.0, 2.0, 7.0]), "ordinal", (1.0, 2.0), "1 values of no known level"),

@@ -9,7 +9,7 @@ import pytest
 from mmimpute.data import profile
 from mmimpute.data.arrow import decode, flat
 from mmimpute.data.profile import feature_statistics, long_tailed, marginals, merge, observe, settle
-from mmimpute.data.schema import draft_schema
+from mmimpute.data.schema import Feature, draft_schema
 from mmimpute.errors import UserError
 from mmimpute.spec import CohortSpec, ModalitySpec
 from tests.conftest import linear_cohort
@@ -96,6 +96,39 @@ def test_a_long_tail_is_one_that_a_log_shortens():
     assert long_tailed(np.exp(1.5 * rng.normal(size=2000)), 1.0)
     assert not long_tailed(rng.normal(size=2000), 1.0)
     assert not long_tailed(rng.uniform(size=2000), 1.0)
+
+
+def test_whoever_holds_no_value_stretches_no_unit():
+    """Zeros say nothing about the unit of a feature that most people lack: in any unit it is transformed alike."""
+    values = np.r_[np.zeros(600), np.exp(1.5 * np.random.default_rng(0).normal(size=400))]
+    for unit in (1e-6, 1.0, 1e6):
+        assert feature(values * unit)["unit"] == pytest.approx(unit * np.median(values[600:]))
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 24, 72, 500])
+def test_octiles_grow(count):
+    edges = profile._octiles(np.random.default_rng(count).permutation(count).astype(float))
+    assert (np.diff(edges) >= 0).all() and edges[0] >= 0 and edges[-1] <= count - 1
+
+
+def test_an_ordinal_feature_of_which_the_sample_holds_nothing_is_finite():
+    levels = Feature(name="v", kind="ordinal", levels=(0.0, 1.0, 2.0, 3.0))
+    table, schema = of_one(np.arange(100) % 4.0)
+    _, seen = settle(schema, observe(table, schema, "s", 1.0))
+    found = profile._feature(levels, seen, np.full(3, np.nan), 0)
+    assert (found["mean"], found["std"]) == (1.5, 1.0)
+
+
+def of_one(values: np.ndarray):
+    """A table of one feature, and its schema."""
+    table = pa.table({"subject_id": range(len(values)), "m__v": values})
+    return table, draft_schema(CohortSpec(modalities={"m": ModalitySpec(prefix="m__")}), table.schema, {})
+
+
+def feature(values: np.ndarray) -> dict:
+    """What a feature is standardised with."""
+    table, schema = of_one(values)
+    return {name: found[0] for name, found in feature_statistics(*settle(schema, observe(table, schema, "s", 1.0)))["m"].items()}
 
 
 def test_the_sample_depends_on_subjects_alone():

@@ -67,9 +67,9 @@ def test_a_wide_modality_is_read_by_its_components():
         (ModalityConfig("n", ("real",) * 2), ModalityConfig("w", ("real",) * (WIDEST + 1))), shared=8, hidden=16, decoder=16
     )
     vae = MultiModalVAE(config, {m.name: FeatureStatistics.blank(m.width) for m in config.modalities})
-    kept = kept_components(config, 400)
+    kept = kept_components(config, 400, [False, False])
     model = Imputer(vae, kept).eval()
-    w = torch.randn(50, 20) @ torch.randn(20, WIDEST + 1)
+    w = 0.1 * torch.randn(50, 20) @ torch.randn(20, WIDEST + 1)
     component = model.gaussian.components[1]
     component.fit(0, w)
     observed = [torch.ones(50, 2, dtype=torch.bool), torch.ones(50, WIDEST + 1, dtype=torch.bool)]

@@ -79,7 +79,7 @@ def test_targets_that_do_not_vary_leave_every_block_alike():
 def test_columns_are_in_blocks_by_modality_and_encoding():
     """A modality's values and levels are one block, their ramps another; what is missing is one block for all."""
     vae = mixed_model()
-    additive = Imputer(vae, kept_components(vae.config, 100)).additive
+    additive = Imputer(vae, kept_components(vae.config, 100, [False] * len(vae.config.modalities))).additive
     block_C = additive.blocks(vae.code)
     assert len(block_C) == sum(additive.widths)
     for j, (modality, code) in enumerate(zip(vae.config.modalities, vae.code, strict=True)):

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from mmimpute.model import ModalityConfig, ModelConfig, gaussian
-from mmimpute.model.gaussian import Components, Gaussian, fit_normal
+from mmimpute.model.gaussian import Components, Gaussian, fit_normal, kept_components
 
 PARTS = 8
 RIDGE = 1e-3  # of the variances, at every step of the fit
@@ -173,7 +173,7 @@ WIDTH = gaussian.NARROW + 5
 
 
 def test_components_restore_what_lies_in_their_span():
-    z = torch.randn(60, 3) @ torch.randn(3, WIDTH) + torch.randn(WIDTH)
+    z = 0.2 * (torch.randn(60, 3) @ torch.randn(3, WIDTH) + torch.randn(WIDTH))  # as standardised values, less than CLIP
     component = Components(2, WIDTH, kept=20)
     component.fit(1, z)
     torch.testing.assert_close(component.restore(component.scores(z)[..., : component.parts])[1], z, rtol=1e-4, atol=1e-4)
@@ -181,8 +181,44 @@ def test_components_restore_what_lies_in_their_span():
     assert not component.basis_EDQ[0].any() and not component.mean_E1D[0].any()
 
 
+def test_one_absurd_value_of_a_wide_modality_counts_as_far_as_the_clip():
+    z = torch.randn(60, WIDTH)
+    component = Components(1, WIDTH, kept=20)
+    component.fit(0, z)
+    wrong, clipped = z.clone(), z.clone()
+    wrong[0, 0], clipped[0, 0] = 1e6, gaussian.CLIP
+    torch.testing.assert_close(component.scores(wrong), component.scores(clipped))
+    again = Components(1, WIDTH, kept=20)
+    again.fit(0, wrong)
+    component.fit(0, clipped)
+    assert torch.equal(again.basis_EDQ, component.basis_EDQ)
+
+
+def test_a_wide_modality_with_gaps_is_known_value_by_value():
+    config = ModelConfig(tuple(ModalityConfig(name, ("real",) * WIDTH) for name in "ab"))
+    assert kept_components(config, 100, [True, False]) == [0, WIDTH]
+
+
+def test_what_was_constant_where_it_was_learnt_does_not_hide_the_rest():
+    """A value 5 from a constant: conjugate gradients still tell of the other parts what the exact solution does."""
+    parts = 20
+    covariance = 0.5 + 0.5 * torch.eye(parts)
+    y = torch.distributions.MultivariateNormal(torch.zeros(parts), covariance).sample((2_000,))
+    y = torch.cat([torch.zeros(2_000, 1), y], 1)
+    known = torch.ones_like(y, dtype=torch.bool)
+    model = Gaussian(ModelConfig((ModalityConfig("a", ("real",) * (parts + 1)),)), [0])
+    model.mean_EP[0], model.covariance_EPP[0] = fit_normal(y, known, 0.0)
+    asked = torch.rand(known.shape) < 0.6
+    asked[:, 0] = True
+    y[:, 0] = 5.0
+    error = torch.where(asked, 0.0, model(torch.where(asked, y, 0.0)[None], asked)[0] - y).square().sum() / (~asked).sum()
+    y[:, 0] = 0.0
+    least = torch.where(asked, 0.0, model(torch.where(asked, y, 0.0)[None], asked)[0] - y).square().sum() / (~asked).sum()
+    assert error < 1.05 * least
+
+
 def test_components_are_the_leading_ones():
-    z = torch.randn(300, WIDTH) * torch.linspace(3, 0.1, WIDTH)
+    z = torch.randn(300, WIDTH) * torch.linspace(1, 0.03, WIDTH)
     component = Components(1, WIDTH, kept=10)
     component.fit(0, z)
     expected = torch.linalg.eigvalsh(z.T.cov(correction=0)).flip(0)[:10]

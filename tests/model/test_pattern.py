@@ -10,7 +10,7 @@ import pytest
 import torch
 from cohorts import statistics
 
-from mmimpute.model import Imputer, ModalityConfig, ModelConfig
+from mmimpute.model import Imputer, ModalityConfig, ModelConfig, MultiModalVAE
 from mmimpute.model.standardise import FeatureStatistics
 
 ROWS, TARGET = 20, 2
@@ -28,7 +28,7 @@ def fitted_statistics() -> dict[str, FeatureStatistics]:
 @pytest.fixture(params=[True, False], ids=["pattern", "no pattern"])
 def model(request):
     config = ModelConfig(MODALITIES, members=2, shared=8, hidden=32, decoder=16, pattern=request.param)
-    model = Imputer.untrained(config, fitted_statistics(), rows=500).eval()
+    model = Imputer(MultiModalVAE(config, fitted_statistics()), [0] * len(config.modalities)).eval()
     for j, private in enumerate(model.vae.private):
         torch.nn.init.normal_(private.curved.weight, std=0.2)
         getattr(model.additive, f"weight_{j}").normal_(0, 0.1)

@@ -1,5 +1,6 @@
 """Mixing weights, error bars and intervals: closed forms, quadrature and exact finite-sample bounds."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_the_weight_goes_to_the_perfect_expert(perfect, binary):
     weight_EMD = stack.weight_EGM[:, WHOLE, :, None] + stack.delta_EGMD[:, WHOLE]
     expected = (torch.arange(3) == perfect).float()[None, :, None].expand_as(weight_EMD)
     torch.testing.assert_close(weight_EMD, expected, rtol=0, atol=0.2 if binary else 0.01)
+
+
+@pytest.mark.parametrize("unit", [2.0**-60, 1.0])
+def test_units_and_a_fill_value_leave_the_weights_of_other_features(unit):
+    """One of them holds netCDF's 1e37 for a missing value, which is 20 of its standard deviations."""
+    z = 2 * torch.randn(400, 3)
+    z[:, 2] = torch.where(torch.arange(400) == 0, 20.0, 0.0)
+    known = torch.where(torch.arange(3) < 2, z + 0.01 * torch.randn(400, 3), 0.0)
+    standardise = Standardise(dataclasses.replace(FeatureStatistics.blank(3), std=np.array([unit, unit, 5e35])))
+    target = dataclasses.replace(truth(z), x_ND=z * standardise.std, standardise=standardise)
+    stack = ModalityStack(3, 3)
+    fit(stack, WHOLE, beliefs(torch.randn(400, 3), known, torch.randn(400, 3)), target)
+    weight_ED = (stack.weight_EGM[:, WHOLE, 1, None] + stack.delta_EGMD[:, WHOLE, 1])[:, :2]
+    torch.testing.assert_close(weight_ED, torch.ones_like(weight_ED), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("generative", [True, False])

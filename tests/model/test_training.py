@@ -174,6 +174,20 @@ def test_fit_keeps_the_best_average():
     assert summarise(again)["loss"] == pytest.approx(min(losses))
 
 
+def test_a_single_member_is_judged_by_its_elbo_where_nothing_can_be_hidden():
+    config = ModelConfig((ModalityConfig("scan", ("real",) * 4, form="image", shape=(1, 2, 2)),), shared=4, hidden=16, decoder=16)
+    x = [torch.randn(120, 4)]
+    vae = MultiModalVAE(config, {"scan": FeatureStatistics.blank(4)})
+    fitted = fit_in_memory(vae, (x, everything(x)), torch.arange(120) % 10 - 9, plan=schedule(120, batch=40, epochs=4, structured=True))
+    assert [h["loss"] for h in fitted.history] == [pytest.approx(-h["elbo"]) for h in fitted.history]
+
+
+def test_where_nobody_judges_a_single_member_is_trained_to_the_end():
+    x = mixed_values(60)
+    fitted = fit_in_memory(mixed_model(), (x, masks(x)), torch.full((60,), -1), plan=schedule(60, batch=30, epochs=3))
+    assert [h["kept"] for h in fitted.history] == [True] * 3
+
+
 def test_several_members_are_trained_to_the_end(monkeypatch):
     """Also where members by themselves get worse in every epoch, at which a single one stops."""
     names = ("elbo", "shared_kl", "a.impute", "a.observed", "a.reconstruction", "a.private_kl")
