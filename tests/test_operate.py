@@ -105,6 +105,7 @@ def server(ward, endpoint, tmp_path_factory):
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PREFECT_HOME", str(folder / "client"))
+        patch.setenv("PREFECT_WORKER_QUERY_SECONDS", "2")  # instead of 10
         binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         if binaries:
             patch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", stack.enter_context(postgres(binaries[-1])))

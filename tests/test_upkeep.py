@@ -15,12 +15,18 @@ from tests.test_cli import run
 pytestmark = pytest.mark.services
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ray(endpoint):
+    """One local Ray for all tests of this file, started after the store's variables are set, so that workers inherit them."""
+    with runtime.cluster(ClusterSettings(cpus=2)):
+        yield
+
+
 @pytest.fixture
 def mmimpute(bucket, small_cohort, monkeypatch, capsys):
-    """Runs a command on the bucket's table; one Ray for all of them."""
+    """Runs a command on the bucket's table."""
     places = ["--model", small_cohort[2], "--shards", f"{bucket}/shards", "--output", f"{bucket}/enriched"]
-    with runtime.cluster(ClusterSettings(cpus=2)):
-        yield lambda command, *more: run(monkeypatch, capsys, command, *places, *more)
+    return lambda command, *more: run(monkeypatch, capsys, command, *places, *more)
 
 
 def sources(url: str) -> set[str]:

@@ -86,7 +86,7 @@ class Nodes:
             ray.shutdown()
 
 
-NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+NODE = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True, "object_store_memory": 100 << 20}
 
 
 @pytest.fixture(scope="package")

@@ -28,22 +28,28 @@ def training(endpoint, tmp_path_factory):
     return "s3://training/shards", str(spec), "s3://training"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def connected(training, nodes):
+    """One driver for all fits of this file but those that are to be killed."""
+    with nodes.connected():
+        yield
+
+
 @pytest.fixture(scope="module")
-def undisturbed(training, nodes):
-    return fitted(training, nodes, "undisturbed")
+def undisturbed(training, connected):
+    return fitted(training, "undisturbed")
 
 
-def fitted(training, nodes, name: str, on_progress=lambda record: None) -> tuple[str, list[dict]]:
+def fitted(training, name: str, on_progress=lambda record: None) -> tuple[str, list[dict]]:
     """Digest of the weights, and what was measured at each epoch, but for its duration."""
     shards, spec, place = training
-    with nodes.connected():
-        made = fit(shards, f"{place}/{name}", spec, on_progress=on_progress)
+    made = fit(shards, f"{place}/{name}", spec, on_progress=on_progress)
     history = registry.read_record(made["model"], "history")
     return made["digest"], [{k: v for k, v in record.items() if k not in TIMES} for record in history]
 
 
-def test_the_same_seed_gives_the_same_bits(training, nodes, undisturbed):
-    assert fitted(training, nodes, "again") == undisturbed
+def test_the_same_seed_gives_the_same_bits(training, undisturbed):
+    assert fitted(training, "again") == undisturbed
 
 
 @pytest.mark.parametrize("at", moments("training worker killed", LAST), ids=str)
@@ -60,7 +66,7 @@ def test_a_training_worker_is_killed(at, training, own_name, nodes, undisturbed,
             left.pop(0)
             threading.Timer(rng.uniform(0, 0.5), strike).start()  # at some step of the next epoch
 
-    assert fitted(training, nodes, own_name, on_progress) == undisturbed
+    assert fitted(training, own_name, on_progress) == undisturbed
     assert len(kills) == len(at)
     note("training worker killed", len(at), 0, 0)
 
@@ -76,6 +82,6 @@ def test_the_driver_of_a_training_is_killed(at, training, own_name, nodes, undis
             run.process.kill()
             run.wait(10)
     seen = []
-    assert fitted(training, nodes, own_name, seen.append) == undisturbed
+    assert fitted(training, own_name, seen.append) == undisturbed
     assert seen[-1]["epoch"] == SETTINGS.epochs and next(r["epoch"] for r in seen if "epoch" in r) > 1, "it began anew"
     note("training driver killed", len(at), 0, 0)
