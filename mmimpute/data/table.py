@@ -27,7 +27,7 @@ from mmimpute.errors import UserError
 FOOTER_THREADS = 16
 UNSIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
 COUNTS = "mmimpute.counts"  # key of an enriched shard's metadata: what was imputed in it
-OUTPUT_KEY = re.compile(r".+-[0-9a-f]{8}-[0-9a-f]{32}\.parquet")  # what `output_key` makes
+OUTPUT_KEY = re.compile(r".*-[0-9a-f]{8}-[0-9a-f]{32}\.parquet")  # what `output_key` makes
 
 
 class Commit(NamedTuple):
@@ -67,7 +67,7 @@ def output_key(shard: Shard, model_digest: str, settings_digest: str) -> str:
 
 def source(shard: str) -> str:
     """The part of an output's key that is the same for every version of its input shard, from the shard's key."""
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", shard.removesuffix(".parquet")).lstrip("._")[-80:]
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", shard.removesuffix(".parquet"))[-80:].lstrip("._")
     return f"{stem}-{digest(shard)[:8]}"
 
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mmimpute.data import storage, table
 from mmimpute.data.shards import Shard, publish_table
@@ -69,6 +71,15 @@ def test_a_key_follows_from_input_model_and_settings_alone():
 
 def test_names_that_look_alike_stay_apart():
     assert len({table.source_of(table.output_key(Shard(n, "e", 1), "m", "s")) for n in ("a b.parquet", "a_b.parquet", "a/b.parquet")}) == 3
+
+
+@given(st.text(min_size=1), st.text("._-/ab", min_size=70, max_size=100))
+@example("a", "_" + "b" * 79)
+def test_no_name_hides_its_output(start, end):
+    """Listings leave out what begins with _ or a dot: rows of such an output would never be in the table."""
+    for name in (start, start + end, table.output_key(Shard(start + end, "e", 1), "m", "s")):
+        key = table.output_key(Shard(f"{name}.parquet", "e", 1), "m", "s")
+        assert key[0] not in "._" and table.OUTPUT_KEY.fullmatch(key) and table.source_of(key) == table.source(f"{name}.parquet")
 
 
 def test_commit_is_repeatable_and_replaces(place):
