@@ -22,6 +22,7 @@ PROBABILITY = "__probability"  # of a head's classes
 FROM_PRIOR = "from_prior"
 LATENT = "z0"
 CARRIED = {"impute", "hide", "tails", "noise", "decoder", "form"}  # of a modality's spec, as they are
+PICKLED = "ray.data.arrow_pickled_object"  # Arrow extension type, part of Ray: who reads a value of it unpickles it
 TOKENS = 64  # of a text that are read
 
 
@@ -338,12 +339,14 @@ def _some(names) -> str:
 
 
 def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
-    """A shard's footer against the schema. Raises DataError: column missing, there twice, of the wrong type, or of the wrong width."""
+    """A shard's footer against the schema. Raises DataError: column missing, there twice, of the wrong type or width, or pickled."""
     if twice := [name for name, count in Counter(arrow.names).items() if count > 1]:
         raise DataError(shard, twice[0], "two columns of this name", "each name once", "rename or drop one of them")
     if schema.subject_id not in arrow.names:
         raise DataError(shard, schema.subject_id, "no such column", "the subject id", "add the column or mend subject_id in the spec")
-    if pt.is_nested(kind := arrow.field(schema.subject_id).type):
+    if PICKLED in arrow.to_string(truncate_metadata=False, show_schema_metadata=False):
+        raise DataError(shard, _pickled(arrow), "pickled Python objects, which can run code", "plain values", "convert the column")
+    if pt.is_nested(storage_type(kind := arrow.field(schema.subject_id).type)) or isinstance(kind, pa.ExtensionType):
         raise DataError(shard, schema.subject_id, f"type {kind}", "ids of text or numbers", "convert the column")
     for modality in schema.modalities:
         for column, trained in zip(modality.columns, modality.types, strict=True):
@@ -352,6 +355,11 @@ def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
             _check_type(modality, column, trained, arrow.field(column).type, shard)
     if taken := [c for c in output_columns(schema) if c in arrow.names]:
         raise DataError(shard, taken[0], "a column that imputation writes", "raw records", "drop it, or leave enriched shards out")
+
+
+def _pickled(arrow: pa.Schema) -> str:
+    """The first column that holds Ray's pickled objects, at any depth, whether Ray is there to read them or not."""
+    return next(f.name for f in arrow if PICKLED in pa.schema([f]).to_string(truncate_metadata=False))
 
 
 def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType, shard: str) -> None:

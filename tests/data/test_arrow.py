@@ -2,10 +2,13 @@
 
 import datetime
 import decimal
+import io
 import math
+import pickle
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +256,53 @@ def test_footer_checks(column, message):
     schema = schema_of(table_of(x=[[1.0, 2.0], None, None]))
     with pytest.raises(DataError, match=message):
         check_columns(schema, pa.table({"subject_id": ["a"], **column}).schema, "s")
+
+
+class Planted:
+    """What a pickle can do where it is read: call anything."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a shard ran code",)
+
+
+def wrapped(array: pa.Array, layout: str) -> pa.Array:
+    if layout == "list":
+        return pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), array)
+    return pa.StructArray.from_arrays([array], ["inside"]) if layout == "struct" else array
+
+
+@pytest.mark.parametrize("ray_knows", [True, False])
+@pytest.mark.parametrize("layout", ["alone", "list", "struct"])
+@pytest.mark.parametrize("column", ["subject_id", "x", "note"])
+def test_a_column_that_could_run_code_is_refused(column, layout, ray_knows):
+    """The note is carried through: whoever reads the enriched table would run it."""
+    from ray.data.extensions import ArrowPythonObjectType
+
+    planted = pa.array([pickle.dumps(Planted())], pa.large_binary())
+    values = wrapped(pa.ExtensionArray.from_storage(ArrowPythonObjectType(), planted), layout)
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"subject_id": ["a"], "x": [[1.0, 2.0]]} | {column: values}), sink)
+    if not ray_knows:
+        pa.unregister_extension_type(ArrowPythonObjectType().extension_name)
+    try:
+        arrow = pq.read_schema(pa.BufferReader(sink.getvalue()))
+        with pytest.raises(DataError, match=f"{column}.*pickled") as caught:
+            check_columns(schema_of(table_of(x=[[1.0, 2.0], None, None])), arrow, "s")
+    finally:
+        if not ray_knows:
+            pa.register_extension_type(ArrowPythonObjectType())
+    assert "ran code" not in str(caught.value)
+
+
+def test_ids_of_types_that_python_defines_are_refused_and_uuids_are_not():
+    from ray.data.extensions import ArrowTensorTypeV2
+
+    schema = schema_of(table_of(x=[[1.0, 2.0], None, None]))
+    features = pa.field("x", pa.list_(pa.float64()))
+    check_columns(schema, pa.schema([("subject_id", pa.uuid()), features]), "s")
+    for kind in (ArrowTensorTypeV2((1,), pa.int64()), pa.fixed_shape_tensor(pa.int64(), (1,)), pa.list_(pa.int64())):
+        with pytest.raises(DataError, match="ids of text or numbers"):
+            check_columns(schema, pa.schema([("subject_id", kind), features]), "s")
 
 
 def test_tensor_columns_are_lists():
