@@ -252,8 +252,8 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     """Means from sums, possibly added up over batches and ranks.
 
     `loss` is the quantity for early stopping of a single member: the score of hidden values, mean over modalities (1 = the training
-    marginal), where nothing can be hidden the negative ELBO, and `contrast`, the weighted contrastive loss, where there is one. Where
-    nobody judges it is 1.
+    marginal), where nothing can be hidden the negative ELBO, where neither is known 1; and `contrast`, the weighted contrastive loss,
+    where there is one.
     `elbo`, `impute`, `shared_kl` are nats per record; `<modality>.reconstruction` and `.private_kl` nats
     per record that has it; `<modality>.impute` nats and `.score` the score per record in which it was hidden.
     """
@@ -268,7 +268,7 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
             if sums[f"{n}.{count}"]:
                 out[f"{n}.{term}"] = sums[f"{n}.{term}"] / sums[f"{n}.{count}"]
     scores = [out[f"{n}.score"] for n in names if f"{n}.score" in out]
-    loss = sum(scores) / len(scores) if scores else -out["elbo"]
+    loss = sum(scores) / len(scores) if scores else -out["elbo"] if sums["elbo_rows"] else 1.0
     if "contrast" in sums:
         out["contrast"] = sums["contrast"] / rows
         loss += out["contrast"]
