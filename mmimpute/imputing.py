@@ -22,7 +22,7 @@ import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.arrow import Imputation, check_subjects, column_of, decode, enrich, enriched_schema, flat
 from mmimpute.data.schema import check_columns, is_list, storage_type
-from mmimpute.data.shards import IN_MEMORY, Shard, open_shard, unreadable
+from mmimpute.data.shards import IN_MEMORY, Shard, check_values, open_shard, unreadable
 from mmimpute.data.table import COUNTS, digest, output_key, published_counts
 from mmimpute.data.tensors import to_model
 from mmimpute.errors import DataError
@@ -204,8 +204,9 @@ def _batches(work: Work, rows: int) -> Iterator[pa.RecordBatch]:
                 batch = next(batches, None)
             except (pa.ArrowInvalid, OSError) as error:
                 raise unreadable(work.shard.key, error) from None
-        if batch is None:
-            return
+            if batch is None:
+                return
+            check_values(batch, work.shard.key)
         yield batch
 
 

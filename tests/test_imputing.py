@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,11 @@ import pytest
 from mmimpute import imputing, registry
 from mmimpute.data import shards as shard_files
 from mmimpute.data import storage
-from mmimpute.data.shards import fetch_table, list_shards, publish_table
+from mmimpute.data.arrow import decode
+from mmimpute.data.shards import fetch_table, list_shards, publish_table, read_table
+from mmimpute.data.split import position
 from mmimpute.data.table import COUNTS
+from mmimpute.errors import DataError
 from mmimpute.imputing import TRIES, ShardImputer, impute_shard
 from mmimpute.spec import ImputeSettings
 from tests.conftest import linear_cohort
@@ -116,6 +120,15 @@ def replaced(column: str, values):
     return lambda t: t.set_column(t.column_names.index(column), column, values(t))
 
 
+def not_utf8(rows: int) -> pa.Array:
+    return pa.array([b"\xff secret-17 %d" % i for i in range(rows)]).view(pa.string())
+
+
+def out_of_range(rows: int) -> pa.Array:
+    """Seventeen in digits that the type does not have."""
+    return pa.Array.from_buffers(pa.decimal128(1), rows, [None, *pa.array([17] * rows, pa.decimal128(2)).buffers()[1:]])
+
+
 BAD = {
     "missing column": (without("labs"), "no such column"),
     "wrong type": (replaced("labs", lambda t: pa.array(["x"] * len(t))), "lists of 4 numbers"),
@@ -124,9 +137,27 @@ BAD = {
     "unknown category": (replaced("dx__site", lambda t: pa.array(["moon"] * len(t))), "no known level"),
     "repeated subject": (replaced("subject_id", lambda t: pa.array(["secret-17"] * len(t))), "49 repeated subject ids"),
     "null subject": (replaced("subject_id", lambda t: pa.nulls(len(t), pa.string())), "50 null subject ids"),
+    "id that is not UTF-8": (replaced("subject_id", lambda t: not_utf8(len(t))), "column 'subject_id': found values that are no string"),
+    "category that is not UTF-8": (replaced("dx__site", lambda t: not_utf8(len(t))), "column 'dx__site': found values that are no string"),
+    "note that is not UTF-8": (lambda t: t.append_column("note", not_utf8(len(t))), "column 'note': found values that are no string"),
+    "price out of range": (lambda t: t.append_column("note", out_of_range(len(t))), "column 'note': found values that are no decimal"),
+    "ids in views": (replaced("subject_id", lambda t: t["subject_id"].cast(pa.string_view())), "ids of text or numbers"),
+    "categories in views": (replaced("dx__site", lambda t: t["dx__site"].cast(pa.string_view())), "type string_view"),
+    "ids beyond the year 9999": (
+        replaced("subject_id", lambda t: pa.array(range(2**60, 2**60 + len(t)), pa.timestamp("us"))),
+        "ids of text",
+    ),
     "no records": (lambda t: t.slice(0, 0), "no records"),
     "enriched already": (lambda t: t.append_column("labs__imputed", t["labs"]), "raw records"),
 }
+
+
+def read_whole(model, tmp_path) -> None:
+    """As every other job does."""
+    (shard,) = list_shards(str(tmp_path / "shards"))
+    table = read_table(str(tmp_path / "shards"), shard, model.schema, ["note"])
+    decode(table, model.schema, shard.key)
+    position(table.column("subject_id"))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -134,7 +165,9 @@ def test_bad_shards_are_set_aside(case, model, tmp_path):
     spoil, message = BAD[case]
     status, _ = impute(model, tmp_path, spoil(linear_cohort(50)))
     assert "part.parquet" in status["error"] and message in status["error"]
-    assert "moon" not in status["error"] and "secret-17" not in status["error"]
+    assert not any(value in status["error"] for value in ("moon", "secret", "17"))
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_whole(model, tmp_path)
     assert not (tmp_path / "out").exists()
 
 

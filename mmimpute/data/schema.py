@@ -190,7 +190,8 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+    """Not of views: Arrow can neither count nor filter them."""
+    return pt.is_string(kind) or pt.is_large_string(kind)
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -346,7 +347,7 @@ def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
         raise DataError(shard, schema.subject_id, "no such column", "the subject id", "add the column or mend subject_id in the spec")
     if PICKLED in arrow.to_string(truncate_metadata=False, show_schema_metadata=False):
         raise DataError(shard, _pickled(arrow), "pickled Python objects, which can run code", "plain values", "convert the column")
-    if pt.is_nested(storage_type(kind := arrow.field(schema.subject_id).type)) or isinstance(kind, pa.ExtensionType):
+    if not _is_id(kind := arrow.field(schema.subject_id).type):
         raise DataError(shard, schema.subject_id, f"type {kind}", "ids of text or numbers", "convert the column")
     for modality in schema.modalities:
         for column, trained in zip(modality.columns, modality.types, strict=True):
@@ -357,13 +358,20 @@ def check_columns(schema: CohortSchema, arrow: pa.Schema, shard: str) -> None:
         raise DataError(shard, taken[0], "a column that imputation writes", "raw records", "drop it, or leave enriched shards out")
 
 
+def _is_id(kind: pa.DataType) -> bool:
+    """Ids are counted and become Python values, which times beyond the year 9999 cannot."""
+    inner = value_type(kind)
+    odd = pt.is_temporal(inner) or pt.is_string_view(inner) or pt.is_binary_view(inner)
+    return not (odd or pt.is_nested(storage_type(kind)) or isinstance(kind, pa.ExtensionType))
+
+
 def _pickled(arrow: pa.Schema) -> str:
     """The first column that holds Ray's pickled objects, at any depth, whether Ray is there to read them or not."""
     return next(f.name for f in arrow if PICKLED in pa.schema([f]).to_string(truncate_metadata=False))
 
 
 def _check_type(modality: Modality, column: str, trained: str, kind: pa.DataType, shard: str) -> None:
-    wanted = "text" if trained in ("string", "large_string", "string_view") else "numbers"
+    wanted = "text" if trained in ("string", "large_string") else "numbers"
     if modality.layout == "list":
         wanted = f"lists of {len(modality.features)} numbers"
     if modality.form == "image":

@@ -107,8 +107,19 @@ def read_table(url: str, shard: Shard, schema: CohortSchema, beside: Collection[
         table = file.read(list(dict.fromkeys([*schema.columns, *(c for c in beside if c in file.schema_arrow.names)])))
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(shard.key, error) from None
+    check_values(table, shard.key)
     check_subjects(table.column(schema.subject_id), schema.subject_id, shard.key)
     return table
+
+
+def check_values(data: pa.Table | pa.RecordBatch, key: str) -> None:
+    """Raises DataError where a value is none of its column's type; what Arrow says of it may hold the value."""
+    for name, column in zip(data.schema.names, data.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            found = f"values that are no {column.type} (text that is not UTF-8, or numbers out of range)"
+            raise DataError(key, name, found, f"valid {column.type}", "write the column anew") from None
 
 
 def list_widths(url: str, shards: list[Shard], columns: list[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import pyarrow.types as pt
 import mmimpute
 from mmimpute.data import storage
 from mmimpute.data.schema import is_text
-from mmimpute.data.shards import Shard, open_shard, publish_table, unreadable
+from mmimpute.data.shards import Shard, check_values, open_shard, publish_table, unreadable
 from mmimpute.errors import DataError, UserError
 from mmimpute.standards.features import Lookup, read_beside
 
@@ -72,6 +72,7 @@ def read_events(url: str, shard: Shard) -> Events:
         table = file.read(columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(shard.key, error) from None
+    check_values(table, shard.key)
     if not len(table):
         raise DataError(shard.key, None, "no events", "at least one", "remove the shard")
     for name in ("subject_id", "code"):
