@@ -17,7 +17,7 @@ from mmimpute.data.schema import CohortSchema
 from mmimpute.data.shards import Shard, list_shards
 from mmimpute.data.split import fold, held_out
 from mmimpute.drafting import guess_spec, left_out, to_toml, without_free_text
-from mmimpute.errors import UserError
+from mmimpute.errors import SetAside, UserError
 from mmimpute.generating import SHARD_ROWS
 from mmimpute.imputing import PHASES, settings_digest
 from mmimpute.model.config import ModelConfig
@@ -234,7 +234,7 @@ def lineage(found: Survey, place: str, settings: ImputeSettings) -> dict:
 def commit_table(
     found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False, run_record: str | None = None
 ) -> dict:
-    """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts}.
+    """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts, set_aside}.
 
     prune: what was made from inputs that are no longer listed leaves the table. run_record: `metrics` of `impute_table`.
     """
@@ -267,7 +267,8 @@ def impute_cohort(
     place = registry.locate(model)
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
-    return imputed | {"committed": commit_table(found, place, output, settings, prune, imputed["metrics"])}
+    committed = commit_table(found, place, output, settings, prune, imputed["metrics"])
+    return imputed | {"committed": committed, "set_aside": imputed["set_aside"] | committed["set_aside"]}
 
 
 def finetune_head(model: str, shards: str, settings: FinetuneSettings, cluster: ClusterSettings) -> dict:
@@ -332,7 +333,8 @@ def alert_table(model: str, output: str, rules: AlertRules, to: str, on_shard: P
     """Holds the rules against the table's current version and makes the outreach lists the table at `to`.
 
     A list is written once per enriched object, model and rules. Returns {version (of the enriched table), shards, new,
-    rows (looked at), counts: {rule: people}}. Raises UserError: no model or table, a rule that does not fit, no place of its own.
+    rows (looked at), counts: {rule: people}}. Raises UserError: no model or table, a rule that does not fit, no place of its own;
+    SetAside where a list's columns are not those of the lists before.
     """
     from mmimpute import alerts
 
@@ -352,7 +354,8 @@ def alert_table(model: str, output: str, rules: AlertRules, to: str, on_shard: P
         counts = sum(map(Counter, pool.map(lambda o: alerts.people_listed(to, o), lists)), Counter())
     gone = {table.source_of(key) for key in table.table_state(to).keys} - {table.source(o.key) for o in objects}
     lineage = {"version": mmimpute.__version__, "model": loaded.url, "enriched": output, "rules": alerts.rules_digest(rules)}
-    table.commit(to, lists, lineage, gone)
+    if aside := table.commit(to, lists, lineage, gone).set_aside:
+        raise SetAside(aside)
     return {
         "version": state.version,
         "shards": len(objects),

@@ -211,7 +211,7 @@ def _run_record(config: RunConfig, stages: dict[str, Record], seconds: dict[str,
 
 def set_aside(stages: dict[str, Record]) -> dict[str, str]:
     """Every shard that some stage set aside, with the reason."""
-    found = (stages.get(name, {}).get("set_aside", {}) for name in ("plan", "fit", "challenge", "impute"))
+    found = (stages.get(name, {}).get("set_aside", {}) for name in ("plan", "fit", "challenge", "impute", "commit"))
     return {shard: error for aside in found for shard, error in aside.items()}
 
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookProperties, Schema
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from mmimpute.data import storage
 from mmimpute.data.shards import Shard, read_footer
-from mmimpute.errors import UserError
+from mmimpute.errors import DataError, UserError
 
 FOOTER_THREADS = 16
 UNSIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
@@ -31,12 +31,17 @@ OUTPUT_KEY = re.compile(r".*-[0-9a-f]{8}-[0-9a-f]{32}\.parquet")  # what `output
 
 
 class Commit(NamedTuple):
-    """What a commit did. version: of the table afterwards; counts: rows and imputed values of what was added."""
+    """What a commit did.
+
+    version: of the table afterwards; counts: rows and imputed values of what was added; set_aside: input shard -> why its object,
+    whose columns are not the table's, was left out.
+    """
 
     version: int
     added: int
     removed: int
     counts: dict
+    set_aside: dict[str, str]
 
 
 class TableState(NamedTuple):
@@ -159,7 +164,8 @@ def commit(url: str, wanted: Iterable[Shard], lineage: dict, gone: Collection[st
     """Makes exactly these objects the enriched versions of their input shards, in one commit.
 
     wanted: published objects of this run. gone: sources (see `source`) whose objects leave the table. Objects of other
-    input shards stay. Nothing is committed where the table holds all of them already. Where another run commits at the
+    input shards stay. Objects whose columns do not fit the table's are left out, and what they were to replace stays.
+    Nothing is committed where the table holds all of them already. Where another run commits at the
     same moment one of the two wins, and the other looks again at what is left to do.
     Raises DeltaError where a commit fails for another reason.
     """
@@ -178,18 +184,21 @@ def _commit_onto(
     table: DeltaTable | None, state: TableState, url: str, wanted: dict[str, Shard], lineage: dict, gone: Collection[str]
 ) -> Commit:
     """A commit that is the next one after `state`, or fails."""
-    added = [o for key, o in wanted.items() if key not in state.keys]
-    replaced = {source_of(key) for key in wanted}.union(gone)
-    removed = [key for key in state.keys if key not in wanted and source_of(key) in replaced]
-    if not added and not removed:
-        return Commit(state.version, 0, 0, {})
+    new = [key for key in wanted if key not in state.keys]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda o: read_footer(url, o), added))
+        footers = dict(zip(new, pool.map(lambda key: read_footer(url, wanted[key]), new), strict=True))
+    columns, misfits = settled_columns(_columns(table) if table else {}, footers)
+    added = {key: footer for key, footer in footers.items() if key not in misfits}
+    replaced = {source_of(key) for key in wanted if key not in misfits}.union(gone)
+    removed = [key for key in state.keys if key not in wanted and source_of(key) in replaced]
+    aside = {error.shard: str(error) for error in misfits.values()}
+    if not added and not removed:
+        return Commit(state.version, 0, 0, {}, aside)
     now = int(time.time() * 1000)
-    actions = [AddAction(o.key, o.size, {}, now, True, json.dumps({"numRecords": f.num_rows})) for o, f in zip(added, footers, strict=True)]
+    actions = [AddAction(k, wanted[k].size, {}, now, True, json.dumps({"numRecords": f.num_rows})) for k, f in added.items()]
     actions += [RemoveAction(key, True, now) for key in removed]
-    version = _write(table, url, actions, footers, _properties(mmimpute=json.dumps(lineage)))
-    return Commit(version, len(added), len(removed), add_counts(footers))
+    version = _write(table, url, actions, columns, _properties(mmimpute=json.dumps(lineage)))
+    return Commit(version, len(added), len(removed), add_counts(added.values()), aside)
 
 
 def _properties(**metadata: str) -> dict:
@@ -200,13 +209,14 @@ def _properties(**metadata: str) -> dict:
     }
 
 
-def _write(table: DeltaTable | None, url: str, actions: list, footers: list[pq.FileMetaData], properties: dict) -> int:
-    """Returns the version that it made. Raises DeltaError where that is there already."""
+def _write(table: DeltaTable | None, url: str, actions: list, columns: dict[str, pa.DataType], properties: dict) -> int:
+    """columns: of the table from now on. Returns the version that it made. Raises DeltaError where that is there already."""
     if table is None:
         place, options = storage.normalise(url), storage.delta_options(url)
-        create_table_with_add_actions(place, delta_schema(_union(footers)), actions, mode="error", storage_options=options, **properties)
+        create_table_with_add_actions(place, _delta(columns), actions, mode="error", storage_options=options, **properties)
         return 0
-    if new := _new_fields(table, footers):
+    known = _columns(table)
+    if new := _delta({name: kind for name, kind in columns.items() if name not in known}).fields:
         table.alter.add_columns(new, **_properties())
     version = table.version()
     table.create_write_transaction(actions, mode="append", schema=table.schema(), **properties)
@@ -245,9 +255,42 @@ def _logged(url: str) -> set[str]:
         return set().union(*pool.map(paths, storage.list_objects(log, ".json")))
 
 
-def _union(footers: list[pq.FileMetaData]) -> pa.Schema:
-    """All columns, each in a type that holds what every file has; lists of one kind before they are compared."""
-    return pa.unify_schemas([_plain(f.schema.to_arrow_schema()) for f in footers], promote_options="permissive")
+def settled_columns(
+    known: dict[str, pa.DataType], footers: dict[str, pq.FileMetaData]
+) -> tuple[dict[str, pa.DataType], dict[str, DataError]]:
+    """The table's columns with those of the objects, by key, that fit it; and why the others do not. known: the columns that it has.
+
+    Types of known columns stay, for no file is written anew. A new column has the type that most objects give it, or one that also
+    holds what others do.
+    """
+    alike: dict[pa.Schema, list[str]] = {}
+    for key in sorted(footers):
+        alike.setdefault(footers[key].schema.to_arrow_schema().remove_metadata(), []).append(key)
+    columns, misfits = dict(known), {}
+    for arrow, keys in sorted(alike.items(), key=lambda found: -len(found[1])):
+        found = columns_of(arrow)
+        wider = {name: _wider(columns.get(name, kind), kind) for name, kind in found.items()}
+        odd = next((name for name, kind in wider.items() if kind is None or kind != known.get(name, kind)), None)
+        if odd is None:
+            columns |= wider
+        else:
+            misfits |= {key: _misfit(key, footers[key], odd, found[odd], columns[odd]) for key in keys}
+    return columns, misfits
+
+
+def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both."""
+    if a == b:
+        return a
+    try:
+        return pa.unify_schemas([pa.schema([("", a)]), pa.schema([("", b)])], promote_options="permissive").field(0).type
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return None
+
+
+def _misfit(key: str, footer: pq.FileMetaData, column: str, found: pa.DataType, expected: pa.DataType) -> DataError:
+    shard = footer.metadata.get(b"mmimpute.input", key.encode()).decode()
+    return DataError(shard, column, f"type {found}", f"{expected}, as the table has it", "convert the column and impute again")
 
 
 def add_counts(footers: Iterable[pq.FileMetaData]) -> dict:
@@ -271,13 +314,34 @@ def _open(url: str) -> DeltaTable | None:
         return None
 
 
-def delta_schema(arrow: pa.Schema) -> Schema:
-    """The table's schema: what the files hold, in the types that Delta knows (no unsigned integers, no nanoseconds)."""
-    return Schema.from_arrow(_plain(arrow))
+def columns_of(arrow: pa.Schema) -> dict[str, pa.DataType]:
+    """A file's columns, each in a type that Delta knows and in which readers find its values, or else in its own.
+
+    A column of nulls is left out: it goes with any type.
+    """
+    kinds = {f.name: _delta_type(f.type) for f in arrow if not pa.types.is_null(f.type)}
+    return kinds | _arrow(_delta(kinds))
 
 
-def _plain(arrow: pa.Schema) -> pa.Schema:
-    return pa.schema([pa.field(f.name, _delta_type(f.type)) for f in arrow])
+def _columns(table: DeltaTable) -> dict[str, pa.DataType]:
+    return _arrow(table.schema())
+
+
+def _arrow(schema: Schema) -> dict[str, pa.DataType]:
+    return {f.name: f.type for f in pa.schema(schema.to_arrow())}
+
+
+def _delta(columns: dict[str, pa.DataType]) -> Schema:
+    """The columns that a table can declare. Times of day, durations and such stay in the files, where its readers pass them over."""
+    return Schema.from_arrow(pa.schema([column for column in columns.items() if _in_delta(column)]))
+
+
+def _in_delta(column: tuple[str, pa.DataType]) -> bool:
+    try:
+        Schema.from_arrow(pa.schema([column]))
+    except Exception:  # deltalake has no error of its own for it
+        return False
+    return True
 
 
 def _delta_type(kind: pa.DataType) -> pa.DataType:
@@ -286,12 +350,7 @@ def _delta_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _delta_type(kind.value_type)
     if pa.types.is_timestamp(kind):
-        return pa.timestamp("us", kind.tz)
+        return pa.timestamp("us", kind.tz and "UTC")  # Parquet has the moment and no zone
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return pa.list_(_delta_type(kind.value_type))
-    return UNSIGNED.get(kind, kind)
-
-
-def _new_fields(table: DeltaTable, footers: list[pq.FileMetaData]) -> list[Field]:
-    known = {f.name for f in table.schema().fields}
-    return [f for f in delta_schema(_union(footers)).fields if f.name not in known] if footers else []
+    return pa.float32() if pa.types.is_float16(kind) else UNSIGNED.get(kind, kind)

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime, timedelta
+from decimal import Decimal
 from multiprocessing import get_context
 
 import duckdb
@@ -106,7 +107,7 @@ def test_pruning_takes_only_the_sources_that_are_gone(place):
     assert (done.added, done.removed) == (1, 2) and table.table_state(place).keys == {newer, c}
     done = commit(place, newer, gone=(table.source("c.parquet"),))
     assert (done.added, done.removed) == (0, 1) and table.table_state(place).keys == {newer}
-    assert commit(place, newer, gone=(table.source("c.parquet"),)) == (done.version, 0, 0, {})
+    assert commit(place, newer, gone=(table.source("c.parquet"),)) == (done.version, 0, 0, {}, {})
 
 
 def check_history(url: str, done: list[table.Commit], wanted: set[str], replaced: set[str]) -> None:
@@ -187,8 +188,90 @@ def test_unsigned_and_dictionary_columns_have_a_delta_type():
     arrow = pa.schema(
         [("u", pa.uint64()), ("d", pa.dictionary(pa.int8(), pa.string())), ("t", pa.timestamp("ns")), ("f", pa.list_(pa.uint8(), 2))]
     )
-    found = {f.name: str(f.type) for f in table.delta_schema(arrow).fields}
-    assert "decimal" in found["u"] and "string" in found["d"] and "timestamp" in found["t"] and "short" in found["f"]
+    found = table.columns_of(arrow)
+    assert found == {"u": pa.decimal128(20), "d": pa.string(), "t": pa.timestamp("us"), "f": pa.list_(pa.field("element", pa.int16()))}
+
+
+WITH_TYPE = {
+    "zone": pa.array([0, 2**40], pa.timestamp("us", "America/New_York")),
+    "offset": pa.array([0, 2**40], pa.timestamp("ms", "+02:00")),
+    "zones": pa.array([[0], [2**40]], pa.list_(pa.timestamp("us", "Asia/Tokyo"))),
+    "half": pa.array([1.0, 2.5], pa.float16()),
+    "halves": pa.array([[1.0], [2.5]], pa.list_(pa.float16())),
+}
+WITHOUT_TYPE = {
+    "time32": pa.array([1, 2], pa.time32("s")),
+    "time64": pa.array([1, 2], pa.time64("us")),
+    "duration": pa.array([1, 2], pa.duration("s")),
+    "decimal": pa.array([Decimal("1.5"), None], pa.decimal256(50, 1)),
+    "small": pa.array([Decimal("1.5"), None], pa.decimal32(5, 1)),
+    "inside": pa.array([{"at": 1}, None], pa.struct([("at", pa.time32("s"))])),
+    "nothing": pa.nulls(2),
+}
+
+
+@pytest.mark.parametrize("case", WITH_TYPE | WITHOUT_TYPE)
+def test_columns_of_types_that_delta_does_not_know(case, tmp_path):
+    """They are read right, or passed over: never do they stop a commit."""
+    place, odd = str(tmp_path), (WITH_TYPE | WITHOUT_TYPE)[case]
+    commit(place, put(place, "a.parquet", "1", ROWS), put(place, "b.parquet", "1", pa.table({"subject_id": [3, 4], "odd": odd})))
+    commit(place, put(place, "c.parquet", "1", pa.table({"subject_id": [5, 6], "odd": odd})))
+    read = DeltaTable(place).to_pyarrow_dataset().to_table().sort_by("subject_id")
+    polar = polars.read_delta(place).drop("u").sort("subject_id")  # Polars has no unsigned column of a Delta table
+    assert read["subject_id"].to_pylist() == polar["subject_id"].to_list() == [1, 2, 3, 4, 5, 6]
+    if case in WITHOUT_TYPE:
+        assert "odd" not in read.column_names + polar.columns
+    else:
+        assert read["odd"].to_pylist() == polar["odd"].to_list() == [None, None, *odd.to_pylist(), *odd.to_pylist()]
+
+
+def test_a_column_of_nulls_may_be_of_any_type_later(tmp_path):
+    place = str(tmp_path)
+    commit(place, put(place, "a.parquet", "1", pa.table({"subject_id": [1], "note": pa.nulls(1)})))
+    assert not commit(place, put(place, "b.parquet", "1", pa.table({"subject_id": [2], "note": ["text"]}))).set_aside
+    assert DeltaTable(place).to_pyarrow_dataset().to_table().sort_by("subject_id")["note"].to_pylist() == [None, "text"]
+    assert polars.read_delta(place).sort("subject_id")["note"].to_list() == [None, "text"]
+
+
+def noted(*notes, kind: pa.DataType) -> pa.Table:
+    return pa.table({"subject_id": range(len(notes)), "note": pa.array(notes, kind)})
+
+
+@pytest.mark.parametrize("order", ["abc", "cab", "bca"])
+def test_shards_that_disagree_on_a_column_are_set_aside_and_the_others_committed(order, tmp_path):
+    place, kinds = str(tmp_path), {"a": pa.int64(), "b": pa.string(), "c": pa.int64()}
+    values = {"a": (17,), "b": ("secret",), "c": (18,)}
+    keys = {n: put(place, f"{n}.parquet", "1", noted(*values[n], kind=kinds[n])) for n in order}
+    done = commit(place, *keys.values())
+    assert done.added == 2 and table.table_state(place).keys == {keys["a"], keys["c"]}
+    (reason,) = done.set_aside.values()
+    assert "'note': found type string; expected int64" in reason and "b-" in reason and "secret" not in reason
+    assert commit(place, *keys.values()) == (done.version, 0, 0, {}, done.set_aside)
+
+
+@pytest.mark.parametrize(("first", "later"), [((17,), ("0123",)), ((17,), (1.5,)), ((True,), (3,)), ((2**40,), (2.0**70,))])
+def test_what_a_table_cannot_hold_stays_out_of_it_and_what_it_would_replace_stays_in(first, later, tmp_path):
+    place = str(tmp_path)
+    old = put(place, "a.parquet", "1", noted(*first, kind=None))
+    commit(place, old)
+    done = commit(place, put(place, "a.parquet", "2", noted(*later, kind=None)), put(place, "b.parquet", "1", noted(*first, kind=None)))
+    assert (done.added, done.removed, len(done.set_aside)) == (1, 0, 1) and old in table.table_state(place).keys
+    assert DeltaTable(place).to_pyarrow_dataset().to_table()["note"].to_pylist() == [*first, *first]
+
+
+@pytest.mark.parametrize("most", [pa.time32("s"), pa.int32()])
+def test_a_type_that_delta_does_not_know_differs_from_one_that_it_knows(most, tmp_path):
+    place, kinds = str(tmp_path), {"a": most, "b": pa.time32("s"), "c": pa.int32(), "d": most}
+    done = commit(place, *[put(place, f"{n}.parquet", "1", noted(5, kind=kind)) for n, kind in kinds.items()])
+    assert done.added == 3 and len(done.set_aside) == 1
+    assert len(DeltaTable(place).to_pyarrow_dataset().to_table()) == 3
+
+
+def test_narrower_numbers_fit_a_table(tmp_path):
+    place = str(tmp_path)
+    commit(place, put(place, "a.parquet", "1", noted(1.5, kind=pa.float64())))
+    assert not commit(place, put(place, "b.parquet", "1", noted(2, kind=pa.int16()))).set_aside
+    assert sorted(DeltaTable(place).to_pyarrow_dataset().to_table()["note"].to_pylist()) == [1.5, 2.0]
 
 
 def test_shards_may_differ_in_width_and_layout(tmp_path):
