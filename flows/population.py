@@ -30,7 +30,7 @@ def population_run(config: RunConfig) -> Record:
     model = stages.run(fit, planned)["model"]
     stages.run(evaluate, planned, model)
     imputed = stages.run(impute, planned, model)
-    stages.run(commit, planned, model, imputed["metrics"])
+    stages.run(commit, planned, model, imputed)
     if config.alerts:
         stages.run(alerts, model)
     stages.run(report, stages.done, stages.seconds)

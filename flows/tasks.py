@@ -111,8 +111,8 @@ def impute(config: RunConfig, plan_name: str, model: str) -> Record:
 
 
 @task(**RETRIES)
-def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None) -> Record:
-    done = population.commit(config, plan_name, model, run_record)
+def commit(config: RunConfig, plan_name: str, model: str, imputed: Record) -> Record:
+    done = population.commit(config, plan_name, model, imputed)
     create_table_artifact([{k: done[k] for k in ("table", "version", "added", "removed")}], key="commit")
     return done
 

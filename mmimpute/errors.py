@@ -41,13 +41,13 @@ class DataError(MmimputeError):
 
 
 class SetAside(MmimputeError):
-    """Shards were set aside, shard -> why; the others are published."""
+    """Shards were set aside, shard -> why. others: what became of those that were not."""
 
     exit_code = 3
 
-    def __init__(self, aside: dict[str, str]) -> None:
-        self.aside = aside
-        super().__init__(f"{len(aside)} shards set aside, the others are published:\n" + "\n".join(aside.values()))
+    def __init__(self, aside: dict[str, str], others: str = "the others are published") -> None:
+        self.aside, self.others = aside, others
+        super().__init__(f"{len(aside)} shards set aside, {others}:\n" + "\n".join(aside.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.aside,)
+        return type(self), (self.aside, self.others)

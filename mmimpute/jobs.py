@@ -37,6 +37,7 @@ Progress = Callable[[dict], None]
 LISTING_THREADS = 4  # lists are made of a few columns: what they wait for is the store
 NO_TASKS = EvaluateSettings()
 LABEL_SAMPLE = 5_000  # labelled people from whom the bins of contrastive labels are taken
+ALL_IMPUTED = {"set_aside": {}, "metrics": None}
 LEAST_ROWS = 60  # fewer records are no training data
 
 
@@ -232,17 +233,22 @@ def lineage(found: Survey, place: str, settings: ImputeSettings) -> dict:
 
 
 def commit_table(
-    found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False, run_record: str | None = None
+    found: Survey, place: str, output: str, settings: ImputeSettings, prune: bool = False, imputed: dict = ALL_IMPUTED
 ) -> dict:
     """Makes what is published for these shards the table, in one commit. Returns {table, version, added, removed, counts, set_aside}.
 
-    prune: what was made from inputs that are no longer listed leaves the table. run_record: `metrics` of `impute_table`.
+    prune: what was made from inputs that are no longer listed leaves the table. imputed: what `impute_table` returned.
+    Raises UserError where an enriched shard is not there that was; SetAside where every shard was set aside.
     """
     expected = expected_outputs(found, place, settings)
     wanted = [o for o in table.published(output) if o.key in expected]
+    aside, there = imputed["set_aside"], {o.key for o in wanted}
+    if gone := sum(key not in there and shard.key not in aside for key, shard in expected.items()):
+        raise UserError(f"{output}: {gone} enriched shards are gone since they were published, by a vacuum perhaps; run again")
     if not wanted:
-        raise UserError(f"{output}: nothing was imputed, so nothing is committed; see the shards set aside")
-    told = lineage(found, place, settings) | {"run": run_record and run_record.rsplit("/", 1)[1]}
+        raise SetAside(aside, "none is left to impute")
+    run = imputed["metrics"] and imputed["metrics"].rsplit("/", 1)[1]
+    told = lineage(found, place, settings) | {"run": run}
     done = table.commit(output, wanted, told, _gone(found.url, output) if prune else ())
     return {"table": output, **done._asdict()}
 
@@ -267,7 +273,7 @@ def impute_cohort(
     place = registry.locate(model)
     found = listed_for(shards, registry.describe(place).cohort)
     imputed = impute_table(found, place, output, settings, cluster, on_shard)
-    committed = commit_table(found, place, output, settings, prune, imputed["metrics"])
+    committed = commit_table(found, place, output, settings, prune, imputed)
     return imputed | {"committed": committed, "set_aside": imputed["set_aside"] | committed["set_aside"]}
 
 

@@ -110,9 +110,9 @@ def impute(config: RunConfig, plan_name: str, model: str, on_progress: Progress 
     return jobs.impute_table(read_plan(config, plan_name), model, config.output, config.impute, config.cluster, on_progress)
 
 
-def commit(config: RunConfig, plan_name: str, model: str, run_record: str | None = None) -> Record:
-    """Makes the enriched shards the table's next version. Returns what `jobs.commit_table` does."""
-    return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute, config.prune, run_record)
+def commit(config: RunConfig, plan_name: str, model: str, imputed: Record) -> Record:
+    """Makes the enriched shards the table's next version. imputed: what `impute` returned. Returns what `jobs.commit_table` does."""
+    return jobs.commit_table(read_plan(config, plan_name), model, config.output, config.impute, config.prune, imputed)
 
 
 def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress = ignore) -> Record:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -181,7 +182,8 @@ def test_a_second_call_writes_nothing_and_what_changed_is_replaced(enriched, sma
     shard = list_shards(small_cohort[0])[0]
     settings = ImputeSettings(draws=2)
     impute_shard(model, small_cohort[0], shard, enriched, settings)
-    jobs.commit_table(planning.listed_for(small_cohort[0], model.schema), model.url, enriched, settings)
+    found = planning.listed_for(small_cohort[0], model.schema)
+    jobs.commit_table(replace(found, shards=[shard]), model.url, enriched, settings)
     renewed = jobs.alert_table(model.url, enriched, stricter, to)
     assert renewed["new"] == 1 and renewed["counts"] == changed["counts"] and len(table_state(to).keys) == 4
 

@@ -1,14 +1,18 @@
 """A table over time, by the command line, in an object store: inputs come, change and go; it is verified, pruned and cleaned."""
 
+import pickle
+
 import obstore
 import pytest
 
-from mmimpute import population, registry
+from mmimpute import jobs, planning, population, registry
 from mmimpute.cluster import runtime
 from mmimpute.data import storage
-from mmimpute.data.shards import fetch_table, publish_table
+from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import published, source_of, table_state
-from mmimpute.spec import ClusterSettings, RunConfig, read_spec
+from mmimpute.errors import SetAside, UserError
+from mmimpute.imputing import impute_shard
+from mmimpute.spec import ClusterSettings, ImputeSettings, RunConfig, read_spec
 from tests.conftest import linear_cohort
 from tests.test_cli import run
 
@@ -84,5 +88,44 @@ def test_a_run_prunes_where_its_configuration_says_so(mmimpute, bucket, small_co
     obstore.delete(storage.connect(f"{bucket}/shards"), "a.parquet")
     for prune, left in ((False, {"a", "b"}), (True, {"b"})):
         config = RunConfig(spec=read_spec(spec), shards=f"{bucket}/shards", model=model, output=f"{bucket}/enriched", prune=prune)
-        population.commit(config, population.plan(config)["plan"], registry.locate(model))
+        population.commit(config, population.plan(config)["plan"], registry.locate(model), jobs.ALL_IMPUTED)
         assert sources(f"{bucket}/enriched") == left
+
+
+def test_a_commit_misses_what_is_neither_there_nor_set_aside(small_cohort, place):
+    shards, _, home = small_cohort
+    model, settings = registry.load(home), ImputeSettings()
+    statuses = [impute_shard(model, shards, s, place, settings) for s in list_shards(shards)]
+    found = planning.listed_for(shards, model.schema)
+    storage.delete(place, [statuses[1]["output"]])  # a vacuum beside a run that was resumed
+    with pytest.raises(UserError, match=r"1 enriched shards are gone.*run again"):
+        jobs.commit_table(found, model.url, place, settings)
+    assert table_state(place).version is None
+    aside = {"set_aside": {statuses[1]["shard"]: "shard part-001.parquet: bad"}, "metrics": None}
+    assert jobs.commit_table(found, model.url, place, settings, imputed=aside)["added"] == 3
+
+
+def test_where_every_shard_is_set_aside_the_reasons_are_told(mmimpute, bucket):
+    """Neither shard fits: one by its footer, one inside."""
+    bad = linear_cohort(60)
+    publish_table(f"{bucket}/shards", "a.parquet", bad.set_column(0, "subject_id", [["planted-id-4711"] * 60]))
+    publish_table(f"{bucket}/shards", "b.parquet", bad.drop_columns(["labs"]))
+    code, text = mmimpute("impute")
+    assert code == 3 and "2 shards set aside, none is left to impute" in text and "published" not in text
+    assert "59 repeated subject ids" in text and "no such column" in text and "4711" not in text
+    assert not stored(f"{bucket}/enriched")
+
+
+def test_what_does_not_fit_the_table_is_told_and_the_rest_is_committed(mmimpute, bucket):
+    cohort = linear_cohort(90)
+    for number, note in enumerate((["text"], [17], ["text"])):
+        publish_table(f"{bucket}/shards", f"{number}.parquet", cohort.slice(30 * number, 30).append_column("note", [note * 30]))
+    code, text = mmimpute("impute")
+    assert code == 3 and "2 objects added" in text and sources(f"{bucket}/enriched") == {"0", "2"}
+    assert "1.parquet" in text and "'note': found type int64; expected string" in " ".join(text.split())
+
+
+def test_errors_travel_whole():
+    error = SetAside({"a": "shard a: bad"}, "none is left to impute")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.aside == error.aside
