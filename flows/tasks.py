@@ -99,8 +99,8 @@ def evaluate(config: RunConfig, plan_name: str, model: str) -> Record:
 @task(**RETRIES)
 def drift(config: RunConfig, plan_name: str, model: str) -> Record:
     found = population.drift(config, plan_name, model)
-    rows = [{"drifted because": reason} for reason in found["reasons"]] or [{"new shards": found["shards"], "drifted": False}]
-    create_table_artifact(rows, key="drift")
+    told = {name: found[name] for name in ("shards", "drifted", "not_compared") if name in found}
+    create_table_artifact([{"drifted because": reason} for reason in found["reasons"]] or [told], key="drift")
     return found
 
 

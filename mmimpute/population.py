@@ -13,7 +13,7 @@ from mmimpute import drops, jobs, planning, registry, retraining
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import digest, outstanding, table_state
-from mmimpute.errors import DataError, SetAside
+from mmimpute.errors import DataError, SetAside, Unreachable, UserError
 from mmimpute.jobs import Progress, ignore
 from mmimpute.planning import Survey
 from mmimpute.spec import RunConfig
@@ -119,7 +119,8 @@ def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress =
     """Compares the shards that the table was not made from yet with the data that a model was fitted on.
 
     Returns what `jobs.check_drift` does and `record`, the URL where that is kept; without new shards that are good inside
-    {drifted: False, reasons: [], shards, set_aside}.
+    {drifted: False, reasons: [], shards, set_aside}. Where the run retrains, a model that nothing can be compared with (of another
+    spec, or without a reference) gives the same and `not_compared`, the reason: what is about to be fitted mends it.
     """
     found = read_plan(config, plan_name)
     drop = drops.pending(found.shards, config.output)
@@ -133,6 +134,11 @@ def drift(config: RunConfig, plan_name: str, model: str, on_progress: Progress =
         checked = jobs.check_drift(found.url, drop, model, config.drift, config.cluster, on_progress)
     except DataError as error:
         return {"drifted": False, "reasons": [], "shards": len(drop), "set_aside": {error.shard: str(error)}}
+    except UserError as error:
+        if isinstance(error, Unreachable) or not config.retrain:
+            raise
+        why = f"the champion is of another spec, or of an older version: {error}"
+        return {"drifted": False, "reasons": [], "shards": len(drop), "set_aside": {}, "not_compared": why}
     checked["record"] = storage.join(_runs(config), name)
     storage.write(_runs(config), name, json.dumps(checked).encode())
     return checked
