@@ -12,7 +12,7 @@ import mmimpute
 from mmimpute import drops, jobs, planning, registry, retraining
 from mmimpute.data import storage
 from mmimpute.data.shards import fetch_table, list_shards, publish_table
-from mmimpute.data.table import digest, outstanding, table_state
+from mmimpute.data.table import digest, outstanding, rows_of, table_state
 from mmimpute.errors import DataError, SetAside, Unreachable, UserError
 from mmimpute.jobs import Progress, ignore
 from mmimpute.planning import Survey
@@ -47,7 +47,8 @@ def _survey(config: RunConfig) -> Survey:
         return planning.survey(config.shards, config.spec)
     shards = list_shards(config.shards)
     new = drops.pending(shards, config.output)
-    return planning.survey_new(config.shards, shards, new, table_state(config.output).rows, registry.describe(place).cohort)
+    rows = rows_of(config.output, set(shards).difference(new))  # not those of versions before, or of inputs that are gone
+    return planning.survey_new(config.shards, shards, new, rows, registry.describe(place).cohort)
 
 
 def champion(config: RunConfig) -> str | None:

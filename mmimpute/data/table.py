@@ -110,6 +110,13 @@ def table_state(url: str) -> TableState:
     return _state(_open(url))
 
 
+def rows_of(url: str, shards: Iterable[Shard]) -> int:
+    """Records of the newest version that were made from these input shards, in whatever version of them."""
+    found, sources = _open(url), {source(s.key) for s in shards}
+    objects = pa.table(found.get_add_actions()).select(["path", "num_records"]).to_pylist() if found else []
+    return sum(o["num_records"] for o in objects if source_of(o["path"]) in sources)
+
+
 def table_at(url: str, version: int | None) -> TableState:
     """The state of a table at a version, None being the newest. Raises UserError where there is no such table or version."""
     table = _open(url)
