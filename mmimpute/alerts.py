@@ -129,7 +129,7 @@ def holds(condition: Condition, values: np.ndarray) -> np.ndarray:
 
 
 def listed(batch: pa.RecordBatch, schema: CohortSchema, aims: list[Aim]) -> list[pa.Table]:
-    """Per rule the people whom it is about: subject_id, rule, message, probability, predicted, std, and the event time."""
+    """Per rule the people whom it is about: subject_id, rule, message, probability, predicted, std, and the event time where it is told."""
     found = []
     for aim in aims:
         chance, mean, std = _believed(aim, batch)
@@ -165,7 +165,12 @@ def _list(aim: Aim, batch: pa.RecordBatch, schema: CohortSchema, chance, mean, s
         "predicted": pa.nulls(len(batch), pa.float64()) if text else pa.array(mean.astype(float), pa.float64()),
         "std": pa.array(std.astype(float), pa.float64()),
     }
-    return pa.table(columns | ({schema.timestamp: batch.column(schema.timestamp)} if schema.timestamp else {}))
+    return pa.table(columns | {name: batch.column(name) for name in _times(schema, batch.schema)})
+
+
+def _times(schema: CohortSchema, arrow: pa.Schema) -> list[str]:
+    """The column of the event time. It is no input of the model, so a shard without it is imputed; its lists are without it too."""
+    return [schema.timestamp] if schema.timestamp in arrow.names else []
 
 
 def list_shard(model: Model, rules: AlertRules, output: str, shard: Shard, to: str, key: str) -> dict:
@@ -175,7 +180,7 @@ def list_shard(model: Model, rules: AlertRules, output: str, shard: Shard, to: s
     columns = [
         model.schema.subject_id,
         *(w.column for a in aims for w in a.where),
-        *([model.schema.timestamp] if model.schema.timestamp else []),
+        *_times(model.schema, file.schema_arrow),
     ]
     columns += [a.place.column + suffix for a in aims for suffix in ("", "__imputed", "__std")]
     if absent := [c for c in columns if c not in file.schema_arrow.names]:

@@ -3,10 +3,12 @@
 import json
 import sys
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -14,12 +16,13 @@ from scipy import stats
 from mmimpute import alerts, cli, jobs, planning, population, registry
 from mmimpute.data import storage
 from mmimpute.data.schema import Feature, Modality, Place, places
-from mmimpute.data.shards import fetch_table, list_shards
+from mmimpute.data.shards import fetch_table, list_shards, publish_table
 from mmimpute.data.table import table_state
 from mmimpute.errors import UserError
 from mmimpute.imputing import impute_shard
 from mmimpute.report import render
 from mmimpute.spec import AlertRules, ImputeSettings, Rule, RunConfig, read_rules, read_spec, validated
+from tests.conftest import SPEC, linear_cohort, untrained_model
 
 RULES = """
 [rules.high]
@@ -186,6 +189,25 @@ def test_a_second_call_writes_nothing_and_what_changed_is_replaced(enriched, sma
     jobs.commit_table(replace(found, shards=[shard]), model.url, enriched, settings)
     renewed = jobs.alert_table(model.url, enriched, stricter, to)
     assert renewed["new"] == 1 and renewed["counts"] == changed["counts"] and len(table_state(to).keys) == 4
+
+
+def test_a_shard_without_the_timestamp_is_listed_without_it(small_cohort, tmp_path, rules):
+    """The event time is no input of the model, so a shard that lacks it is imputed, and its people are in the lists."""
+    url, home = str(tmp_path / "shards"), str(tmp_path / "model")
+    dated = linear_cohort(300).append_column("seen", pa.array([date(2026, 1, 1)] * 300))
+    publish_table(url, "a.parquet", dated)
+    spec = tmp_path / "cohort.toml"
+    spec.write_text('timestamp = "seen"\n' + SPEC)
+    model = registry.load(untrained_model(url, home, spec))
+    publish_table(url, "b.parquet", linear_cohort(300, first=300))
+    enriched, to = str(tmp_path / "enriched"), str(tmp_path / "outreach")
+    for shard in list_shards(url):
+        assert not impute_shard(model, url, shard, enriched, SETTINGS)["error"]
+    jobs.commit_table(planning.listed_for(url, model.schema), model.url, enriched, SETTINGS)
+    done = jobs.alert_table(model.url, enriched, rules, to)
+    assert done["new"] == 2 and len(table_state(to).keys) == 2
+    lists = DeltaTable(to).to_pyarrow_table().to_pylist()
+    assert {(row["subject_id"] < "s000300", row["seen"]) for row in lists} == {(True, date(2026, 1, 1)), (False, None)}
 
 
 def test_nobody_is_named_outside_the_lists(enriched, small_cohort, model, rules, tmp_path, monkeypatch, capsys):
