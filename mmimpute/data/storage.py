@@ -27,6 +27,7 @@ from mmimpute.errors import Unreachable, UserError
 PATIENT = {"max_retries": 1000, "retry_timeout": timedelta(seconds=60), "backoff": {"base": 3, "max_backoff": timedelta(seconds=5)}}
 # For the first contact of a run: a mistyped endpoint is to be told in seconds.
 PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+DENIED = "access denied; check the credentials and what they may read and write"
 ALWAYS = datetime.max.replace(tzinfo=UTC)
 PIECE = 8 << 20  # bytes of a download at a time
 CREDENTIALS_SECONDS = 300  # for which they are kept: those of a role are handed out with more left than that
@@ -127,14 +128,22 @@ def s3_filesystem():
 
 
 def connect(url: str, retry: dict = PATIENT, create: bool = False) -> S3Store | LocalStore:
-    """A store whose root is the URL. A local folder that is not there is made, or is a FileNotFoundError."""
+    """A store whose root is the URL. A local folder that is not there is made, or is a FileNotFoundError.
+
+    Raises UserError for a file, and for a folder that cannot be made.
+    """
     if is_s3(url):
         settings = tuple(item for item in os.environ.items() if item[0].startswith("AWS_"))
         return _connected(normalise(url), retry is PATIENT, settings, int(time.monotonic() // CREDENTIALS_SECONDS))
     path = local_path(url)
     if not create and not path.exists():
         raise FileNotFoundError(path)
-    return LocalStore(path, mkdir=create)
+    if path.is_file():
+        raise UserError(f"{url}: a file; give a folder")
+    try:
+        return LocalStore(path, mkdir=create)
+    except OSError as error:
+        raise UserError(f"{url}: no folder can be made there ({error})") from None
 
 
 @lru_cache(maxsize=32)
@@ -145,20 +154,25 @@ def _connected(url: str, patient: bool, settings: tuple, period: int) -> S3Store
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turns what a store answers into one clear error. A missing object stays NotFoundError for callers that expect it."""
+    """Turns what a store answers into one clear error. A missing object stays what it is, for callers that expect it."""
     try:
         yield
     except (PermissionDeniedError, UnauthenticatedError):
-        raise UserError(f"{url}: access denied; check the credentials and what they may read and write") from None
-    except BaseError as error:
-        if isinstance(error, NotFoundError) and "NoSuchBucket" not in str(error):
+        raise UserError(f"{url}: {DENIED}") from None
+    except (BaseError, FileNotFoundError) as error:
+        if isinstance(error, NotFoundError | FileNotFoundError) and "NoSuchBucket" not in str(error):
             raise
-        reason = str(error).split("\n")[0]
-        if "NoSuchBucket" in str(error):
-            raise UserError(f"{url}: there is no such bucket") from None
-        if "InvalidAccessKeyId" in str(error) or "SignatureDoesNotMatch" in str(error):
-            raise UserError(f"{url}: access denied; check the credentials") from None
-        raise Unreachable(f"{url}: the store does not answer as it should; check endpoint and network ({reason[:300]})") from None
+        raise refused(url, str(error)) from None
+
+
+def refused(url: str, answer: str) -> UserError:
+    """The error for what a store answered, by its text: not every client, and not in every call, has a type for it."""
+    if "NoSuchBucket" in answer:
+        return UserError(f"{url}: there is no such bucket")
+    if any(code in answer for code in ("403 Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch")):
+        return UserError(f"{url}: {DENIED}")
+    reason = answer.split("\n")[0][:300]
+    return Unreachable(f"{url}: the store does not answer as it should; check endpoint and network ({reason})")
 
 
 def objects(url: str, suffix: str = "", retry: dict = PATIENT, before: datetime = ALWAYS) -> Iterator[StoredObject]:

@@ -319,6 +319,13 @@ def _open(url: str) -> DeltaTable | None:
         return DeltaTable(storage.normalise(url), storage_options=storage.delta_options(url))
     except TableNotFoundError:
         return None
+    except (OSError, DeltaError) as error:
+        answer = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # it is coloured, and of many lines
+        if storage.is_s3(url) and isinstance(error, OSError):
+            raise storage.refused(url, answer) from None
+        raise UserError(
+            f"{url}: no table that can be read; give the URL that `mmimpute impute --output` wrote to ({answer[:300]})"
+        ) from None
 
 
 def columns_of(arrow: pa.Schema) -> dict[str, pa.DataType]:

@@ -1,8 +1,11 @@
 """Objects in a folder and in a real object store, through the same calls."""
 
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
 
-from mmimpute.data import storage
+from mmimpute.data import storage, table
 from mmimpute.errors import Unreachable, UserError
 
 
@@ -79,3 +82,73 @@ def test_an_endpoint_that_is_not_there(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(Unreachable, match="does not answer as it should; check endpoint and network"):
         storage.list_objects(bucket, retry=storage.PROMPT)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A store that answers every call alike: by the bucket's name, access denied or no such bucket."""
+
+    def do_GET(self):
+        status, code = (403, "AccessDenied") if "secret" in self.path else (404, "NoSuchBucket")
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
+
+    do_PUT = do_POST = do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        names = {
+            "ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "ACCESS_KEY_ID": "a",
+            "SECRET_ACCESS_KEY": "b",
+            "REGION": "us-east-1",
+        }
+        for name, value in names.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        yield
+        server.shutdown()
+
+
+CALLS = {
+    "list": storage.list_objects,
+    "read": lambda url: storage.read(url, "a"),
+    "write": lambda url: storage.write(url, "a", b"content"),
+    "table": table.table_state,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("bucket", "message"), [("secret", "access denied; check the credentials"), ("never", "there is no such bucket")])
+def test_every_call_tells_what_the_store_refuses(call, bucket, message, refusing):
+    with pytest.raises(UserError, match=message) as caught:
+        CALLS[call](f"s3://{bucket}/x")
+    assert not isinstance(caught.value, Unreachable) and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_file_is_no_place(call, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a file; give a folder|no table that can be read"):
+        CALLS[call](str(tmp_path / "file"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="no folder can be made there"):
+        storage.write(str(tmp_path / "file" / "below"), "a", b"content")
+
+
+def test_a_table_whose_store_is_away_is_tried_again(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(storage, "delta_options", lambda url: {**storage.aws_options(), "allow_http": "true", "max_retries": "0"})
+    with pytest.raises(Unreachable, match="check endpoint and network") as caught:
+        table.table_state(bucket)
+    assert "\x1b" not in str(caught.value)
