@@ -14,7 +14,7 @@ from mmimpute.commands.classify import classify_app
 from mmimpute.commands.features import features_app
 from mmimpute.commands.finish import finish
 from mmimpute.commands.operate import operate_app
-from mmimpute.commands.options import DEFAULT_HOME, Address, ModelUrl
+from mmimpute.commands.options import DEFAULT_HOME, Address, ModelUrl, written
 from mmimpute.commands.standards import export_app, ingest_app
 from mmimpute.commands.store import store_app
 from mmimpute.commands.tasks import task_tables, tasks_app
@@ -73,7 +73,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def describe(
     shards: Annotated[str, typer.Argument(help="URL of the cohort's Parquet shards: s3://bucket/prefix or a folder")],
-    write: Annotated[Path | None, typer.Option(help="write the drafted cohort spec to this file")] = None,
+    write: Annotated[Path | None, written("write the drafted cohort spec to this file")] = None,
     address: Address = None,
 ) -> None:
     """Profile the shards in one streaming pass and draft the cohort spec.
@@ -131,9 +131,9 @@ def fit(
     """
     from mmimpute import planning, retraining
 
+    settings = validated(FitSettings, {"workers": workers, "epochs": epochs, "seed": seed, "pattern": pattern}, "fit")
     cohort = read_spec(spec)
     found = planning.survey(shards, cohort)
-    settings = FitSettings(workers=workers, epochs=epochs, seed=seed, pattern=pattern)
     fitted = retraining.renew(found, cohort, model, settings, None, ClusterSettings(address=address), watch("fit"))
     what = f"fitted in {fitted['seconds']:.0f} s" if fitted["trained"] else "still stands for this data"
     console.print(f"model {fitted['digest'][:12]} {what}: {escape(fitted['model'])}")
@@ -161,7 +161,7 @@ def impute(
     from mmimpute import jobs
 
     settings = validated(ImputeSettings, {"interval": interval, "draws": draws, "latent": latent, "seed": seed}, "impute")
-    cluster = ClusterSettings(address=address, actors=actors, gpus_per_actor=gpus_per_actor)
+    cluster = validated(ClusterSettings, {"address": address, "actors": actors, "gpus_per_actor": gpus_per_actor}, "impute")
     done = jobs.impute_cohort(model, shards, output, settings, cluster, watch("impute"), prune)
     committed = done["committed"]
     console.print(
@@ -286,8 +286,8 @@ def evaluate(
     shards: Annotated[str | None, typer.Option(help="URL of the cohort's Parquet shards  \\[required]")] = None,
     tasks: Annotated[str, typer.Option(help="also any of coherence,quality,likelihood,probe,retrieval, or all")] = "",
     label: Annotated[str | None, typer.Option(help="outcome column of a few classes: what coherence, quality and probe are about")] = None,
-    json: Annotated[Path | None, typer.Option(help="write what was found to this file")] = None,
-    report: Annotated[Path | None, typer.Option(help="write an HTML page with plots to this file")] = None,
+    json: Annotated[Path | None, written("write what was found to this file")] = None,
+    report: Annotated[Path | None, written("write an HTML page with plots to this file")] = None,
     address: Address = None,
 ) -> None:
     """Score the model and each of its experts on people not seen, against the column mean; and what else it is asked.

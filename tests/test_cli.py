@@ -91,6 +91,25 @@ MISTAKES = {
     "no bucket to write to": (["generate-cohort", "s3://never-made/x", "--rows", "10"], "there is no such bucket"),
     "no records": (["generate-cohort", "{0}/o", "--rows", "0"], "greater than or equal to 1"),
     "no table to clean": (["vacuum", "{0}/shards"], "no table there"),
+    "actors": (["impute", "--model", "{0}/m", "--shards", "{0}/shards", "--output", "{0}/o", "--actors", "-1"], "impute: actors: Input"),
+    "GPUs": (
+        ["classify", "--head", "{0}/h", "--shards", "{0}/shards", "--output", "{0}/o", "--gpus-per-actor", "-1"],
+        "classify: gpus_per_actor: Input should be greater than or equal to 0",
+    ),
+    "no epochs": (
+        ["fit", "--spec", "{0}/cohort.toml", "--shards", "{0}/shards", "--model", "{0}/m", "--epochs", "0"],
+        "fit: epochs: Input should be greater than or equal to 1",
+    ),
+    "no folder for the spec": (["describe", "{0}/nothing", "--write", "{0}/none/cohort.toml"], "there is no folder"),
+    "a folder for the spec": (["describe", "{0}/nothing", "--write", "{0}"], "Invalid value for '--write'"),
+    "no folder for the numbers": (["evaluate", "--model", "{0}/m", "--shards", "{0}/s", "--json", "{0}/none/e.json"], "there is no folder"),
+    "no folder for the page": (["evaluate", "--model", "{0}/m", "--shards", "{0}/s", "--report", "{0}/none/e.html"], "there is no folder"),
+    "no folder for the plot": (["finetune", "{0}/run.toml", "--report", "{0}/none/h.html"], "there is no folder"),
+    "no folder for what was ingested": (
+        ["ingest", "meds", "{0}/m", "--spec", "{0}/f.toml", "--output", "{0}/o", "--write", "{0}/none/cohort.toml"],
+        "there is no folder",
+    ),
+    "no table": (["runs", "--output", "/etc/passwd"], "no table that can be read"),
     "no number": (["generate", "--model", "{0}/m", "--output", "{0}/o", "--n", "0"], "greater than or equal to 1"),
 }
 

@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmimpute import imputing, registry
+from mmimpute.cluster import impute as impute_on_ray
 from mmimpute.data import shards as shard_files
 from mmimpute.data import storage
 from mmimpute.data.arrow import decode
-from mmimpute.data.shards import fetch_table, list_shards, publish_table, read_table
+from mmimpute.data.shards import Shard, fetch_table, list_shards, publish_table, read_table
 from mmimpute.data.split import position
 from mmimpute.data.table import COUNTS
-from mmimpute.errors import DataError
+from mmimpute.errors import DataError, UserError
 from mmimpute.imputing import TRIES, ShardImputer, impute_shard
-from mmimpute.spec import ImputeSettings
+from mmimpute.spec import ClusterSettings, ImputeSettings
 from tests.conftest import linear_cohort
 
 DEFAULTS = ImputeSettings()
@@ -278,3 +279,18 @@ def test_the_last_shard_is_published_before_one_that_may_kill_the_worker(model, 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ShardImputer, "_compute", dies)
         several(model, tmp_path, begin)
+
+
+@pytest.mark.parametrize(("gpus", "there", "actors"), [(0, 0, 6), (1, 2, 2), (0.25, 2, 8), (2, 3, 1)])
+def test_actors_for_which_there_is_room(gpus, there, actors, monkeypatch):
+    monkeypatch.setattr(impute_on_ray.runtime, "gpus", lambda: there)
+    monkeypatch.setattr(impute_on_ray.runtime, "cpus", lambda: 6)
+    assert impute_on_ray._slots(gpus) == actors
+
+
+@pytest.mark.parametrize(("gpus", "there"), [(1, 0), (2, 1), (0.5, 0)])
+def test_more_gpus_than_there_are(gpus, there, monkeypatch):
+    monkeypatch.setattr(impute_on_ray.runtime, "gpus", lambda: there)
+    settings = ClusterSettings(gpus_per_actor=gpus)
+    with pytest.raises(UserError, match=f"gpus_per_actor = {gpus}: the cluster has {there} GPUs"):
+        next(impute_on_ray.impute_shards("model", "shards", [Shard("a.parquet", "e", 1)], "output", DEFAULTS, settings))

@@ -14,7 +14,7 @@ from mmimpute import heads, registry
 from mmimpute.cluster import runtime
 from mmimpute.cluster.ingest import shard_dataset, shards_of, statuses
 from mmimpute.data.shards import Shard
-from mmimpute.errors import Unreachable
+from mmimpute.errors import Unreachable, UserError
 from mmimpute.imputing import ShardImputer
 from mmimpute.spec import ClusterSettings, ImputeSettings
 
@@ -54,15 +54,23 @@ def _row(status: dict) -> dict[str, np.ndarray]:
     return {"status": np.array([json.dumps(status)])}
 
 
+def _slots(gpus: float) -> int:
+    """How many actors of so many GPUs each there is room for."""
+    if not gpus:
+        return runtime.cpus()
+    if gpus > runtime.gpus():
+        raise UserError(f"gpus_per_actor = {gpus:g}: the cluster has {runtime.gpus()} GPUs; give no more than that, or 0 to impute on CPUs")
+    return int(runtime.gpus() / gpus)
+
+
 def impute_shards(
     model: str, shards_url: str, shards: list[Shard], output: str, settings: ImputeSettings, cluster: ClusterSettings
 ) -> Iterator[dict]:
     """Imputes the shards and yields one status per shard (see `ShardImputer.impute`), in the order in which they finish.
 
-    Raises Unreachable where the store was away for longer than its clients try.
+    Raises Unreachable where the store was away for longer than its clients try, UserError where no actor has the GPUs that it is to have.
     """
-    slots = int(runtime.gpus() / cluster.gpus_per_actor) if cluster.gpus_per_actor else runtime.cpus()
-    actors = min(cluster.actors or slots, len(shards))
+    actors = min(cluster.actors or _slots(cluster.gpus_per_actor), len(shards))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     begun = Begun.options(scheduling_strategy=here).remote()
     arguments = {"model": model, "shards": shards_url, "output": output, "settings": settings, "begun": begun}

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from mmimpute.commands.finish import finish
-from mmimpute.commands.options import TABLE_HELP, Address
+from mmimpute.commands.options import TABLE_HELP, Address, written
 from mmimpute.console import console, new_table, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings, ImputeSettings, read_config, validated
@@ -18,7 +18,7 @@ classify_app = typer.Typer()
 @classify_app.command()
 def finetune(
     config: Annotated[Path, typer.Argument(help="the run's configuration, a TOML file with a table \\[finetune]")],
-    report: Annotated[Path | None, typer.Option(help="write an HTML page with a plot to this file")] = None,
+    report: Annotated[Path | None, written("write an HTML page with a plot to this file")] = None,
 ) -> None:
     """Fit a head for scarce labels on the champion's z0, from the shards' labelled records, and print its URL.
 
@@ -74,7 +74,7 @@ def classify(
     from mmimpute import jobs
 
     settings = validated(ImputeSettings, {"interval": interval, "draws": draws, "latent": latent, "seed": seed}, "classify")
-    cluster = ClusterSettings(address=address, actors=actors, gpus_per_actor=gpus_per_actor)
+    cluster = validated(ClusterSettings, {"address": address, "actors": actors, "gpus_per_actor": gpus_per_actor}, "classify")
     done = jobs.classify_cohort(head, shards, output, settings, cluster, watch("classify"), prune)
     console.print(
         f"{done['rows']:,} records classified in {done['seconds']['all']:.0f} s "

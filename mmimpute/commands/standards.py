@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from mmimpute.commands.finish import finish
-from mmimpute.commands.options import TABLE_HELP, Address, ModelUrl
+from mmimpute.commands.options import TABLE_HELP, Address, ModelUrl, written
 from mmimpute.console import console, watch
 from mmimpute.errors import UserError
 from mmimpute.spec import ClusterSettings
@@ -24,7 +24,7 @@ def meds(
     url: Annotated[str, typer.Argument(help="URL of the MEDS dataset: the folder of data/ and metadata/")],
     spec: Annotated[Path, typer.Option(help="the feature spec, a TOML file")],
     output: Annotated[str, typer.Option(help="URL to write shards/ and cohort.toml to")],
-    write: Annotated[Path | None, typer.Option(help="also write the cohort spec to this file")] = None,
+    write: Annotated[Path | None, written("also write the cohort spec to this file")] = None,
     address: Address = None,
 ) -> None:
     """Turn MEDS event shards into shards of records, and write the cohort spec that `mmimpute fit` takes.
