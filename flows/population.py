@@ -13,7 +13,6 @@ from mmimpute.spec import RunConfig, read_config
 
 
 @flow(name="population-run")
-@runtime.shared()
 def population_run(config: RunConfig) -> Record:
     """One population-scale run: plan, drift of what is new, fit, evaluate, impute, commit, alerts, report. Returns what each stage did.
 
@@ -21,6 +20,11 @@ def population_run(config: RunConfig) -> Record:
     `mmimpute.retraining.wanted` event.
     Raises SetAside at the end where shards had to be set aside; the others are published by then.
     """
+    with runtime.shared():  # no decorator: Prefect takes a flow's version from the file of its function
+        return _run(config)
+
+
+def _run(config: RunConfig) -> Record:
     stages = Stages(config)
     planned = stages.run(plan)["plan"]
     if champion := population.champion(config):

@@ -13,12 +13,16 @@ from mmimpute.spec import RunConfig, read_config
 
 
 @flow(name="retrain")
-@runtime.shared()
 def retrain(config: RunConfig) -> Record:
     """A challenger for the shards as they are now: plan, challenge, judge, settle. Returns what each stage did; imputes nothing.
 
     A new champion is told by one `mmimpute.champion.promoted` event. Raises SetAside at the end where shards had to be set aside.
     """
+    with runtime.shared():  # no decorator: Prefect takes a flow's version from the file of its function
+        return _retrain(config)
+
+
+def _retrain(config: RunConfig) -> Record:
     stages = Stages(config)
     planned = stages.run(plan)["plan"]
     fitted = stages.run(challenge, planned)

@@ -128,9 +128,9 @@ def _features(modality: Modality, y, mean, std, m0, s0) -> list[dict]:
 def _score(modality: Modality, y, said: Hidden, m0, s0) -> dict:
     if modality.form == "text":
         skill = float(1 - missed(y, said.mean).mean() / max(missed(y, most_frequent(y)).mean(), 1e-8))
-        return _score_whole(y, said, m0, s0, skill)
+        return _score_whole(y, said, skill)
     if modality.structured:
-        return _score_whole(y, said, m0, s0, *_whole(y, said.mean, said.std, m0, s0))
+        return _score_whole(y, said, *_whole(y, said.mean, said.std, m0, s0))
     kinds = np.array([f.kind for f in modality.features])
     mean, std, draws = said.mean, said.std, said.drawn
     scored = _features(modality, y, mean, std, m0, s0)
@@ -166,7 +166,7 @@ def most_frequent(y: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.where(np.arange(y.shape[1]) < TOLD, np.arange(1, y.shape[1] + 1), 0), y.shape)
 
 
-def _score_whole(y, said: Hidden, m0, s0, skill: float | None, r2: float | None = None) -> dict:
+def _score_whole(y, said: Hidden, skill: float | None, r2: float | None = None) -> dict:
     """An image or a signal: all values together, since some may hardly vary; features and conformal intervals there are none.
 
     A text: skill in naming its tokens, beside the most frequent ones.

@@ -114,7 +114,7 @@ def _number(text: str, column: str) -> float:
         raise UserError(f"--equals: column {column!r} holds numbers, {text!r} is none") from None
 
 
-def _people(url: str, shards: Sequence[Shard], schema: CohortSchema, asked: Question, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+def _people(url: str, shards: Sequence[Shard], asked: Question, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     """Shard by shard the people who have the outcome, until there are enough."""
     left = asked.most
     for shard in shards:
@@ -141,7 +141,7 @@ def from_shards(model: Model, url: str, asked: Question, draws: int, seed: int =
     schema, known = model.schema, places(model.schema)
     chosen = covariates(schema, asked)
     x, outcomes = [], []
-    for key, table in _people(url, list_shards(url), schema, asked, schema.columns):
+    for key, table in _people(url, list_shards(url), asked, schema.columns):
         x.append(flat(decode(table, schema, key)))
         outcomes.append(table.select(asked.columns))
     if not x:
@@ -181,7 +181,7 @@ def from_table(schema: CohortSchema, url: str, asked: Question) -> Study:
     suffixes = {True: ("", "__imputed", "__draws"), False: ("",)}
     columns = list(dict.fromkeys(p.column + s for p in chosen.values() for s in suffixes[p.modality.impute]))
     found, outcomes = [], []
-    for _, table in _people(url, sorted(o for o in published(url) if o.key in keys), schema, asked, columns):
+    for _, table in _people(url, sorted(o for o in published(url) if o.key in keys), asked, columns):
         parts = zip(*(_written(table, p) for p in chosen.values()), strict=True)
         found.append([np.stack(part, -1) for part in parts])
         outcomes.append(table.select(asked.columns))

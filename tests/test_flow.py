@@ -88,6 +88,20 @@ def test_what_is_tried_again():
         assert mendable(None, None, state) is expected
 
 
+def test_the_version_of_a_flow_is_that_of_its_own_file():
+    """As Prefect makes it, where a deployment or a run shows whether the code has changed."""
+    from prefect.utilities.hashing import file_hash
+
+    import flows
+    from flows.drops import data_drop
+    from flows.population import population_run
+    from flows.retraining import retrain
+
+    folder = Path(flows.__file__).parent
+    for flow, name in ((population_run, "population"), (retrain, "retraining"), (data_drop, "drops")):
+        assert flow.version == file_hash(str(folder / f"{name}.py"))
+
+
 def test_the_example_of_an_alert_is_an_automation():
     from prefect.events.schemas.automations import AutomationCore
 

@@ -35,3 +35,13 @@ def test_a_cluster_of_somebody_else_is_left_running():
             raise UserError("no fault of Ray's")
         assert ray.is_initialized()
     assert not ray.is_initialized()
+
+
+def test_what_fails_after_ray_has_started_leaves_none_behind(monkeypatch):
+    def fails():
+        raise OSError("as if a setting were refused")
+
+    monkeypatch.setattr(runtime, "_quieten", fails)
+    with pytest.raises(OSError, match="refused"):
+        node()
+    assert not ray.is_initialized()

@@ -33,10 +33,10 @@ def cluster(settings: ClusterSettings) -> Iterator[None]:
     """Connects to Ray, or starts it; a cluster that this process is connected to already is used as it is."""
     with ExitStack() as own:
         end = _SHARED.get() or own
-        if not ray.is_initialized():
-            _connect(settings)
-            end.callback(ray.shutdown)
         try:
+            if not ray.is_initialized():
+                end.callback(ray.shutdown)  # first: what fails in `_connect` may leave Ray connected
+                _connect(settings)
             yield
         except BaseException:
             end.close()  # it may be Ray that failed: another try starts anew
@@ -77,11 +77,6 @@ def _quieten() -> None:
 
 def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
-
-
-def cpus_per_node() -> int:
-    """Of the smallest node that has any."""
-    return int(min(found for n in ray.nodes() if n["Alive"] and (found := n["Resources"].get("CPU"))))
 
 
 def gpus() -> int:
