@@ -1,5 +1,6 @@
 """Imputation in memory, as a scikit-learn transformer: the same model and the same model file as on a cluster, without Ray."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from mmimpute.data.completing import filled_in, storage_of
 from mmimpute.data.schema import CohortSchema, draft_schema
 from mmimpute.data.split import fold, position
 from mmimpute.data.tensors import to_model
+from mmimpute.errors import UserError
 from mmimpute.evaluation import evaluate
 from mmimpute.imputing import predict
 from mmimpute.model.standardise import FeatureStatistics
@@ -206,11 +208,22 @@ def _spec(modalities: Modalities, names: Sequence[str]) -> tuple[CohortSpec, dic
         return modalities, {n: n for n in names}
     if isinstance(modalities, str | Path):
         return read_spec(modalities), {n: n for n in names}
-    groups = modalities or {name.replace("__", "_"): [name] for name in names}
+    groups = modalities or _each_alone(names)
     named = {m: [f"x{c}" if isinstance(c, int) else c for c in columns] for m, columns in groups.items()}
     specs = {m: ModalitySpec(prefix=f"{m}__", features=tuple(columns)) for m, columns in named.items()}
     inside = {c: f"{m}__{c}" for m, columns in named.items() for c in columns}
     return CohortSpec(subject_id=ROW, modalities=specs), {n: inside.get(n, n) for n in names}
+
+
+def _each_alone(names: Sequence[str]) -> dict[str, list[str]]:
+    """Every column as a modality of its own. A modality's name has no '__' in it. Raises UserError where two columns get one name."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub("__+", "_", name), []).append(name)
+    if alike := [columns for columns in groups.values() if len(columns) > 1]:
+        told = " and ".join(map(repr, alike[0]))
+        raise UserError(f"columns {told} have one name once '__' is written '_', as for modalities; rename one, or give `modalities`")
+    return groups
 
 
 def _like(table: pa.Table, X: Any) -> Any:

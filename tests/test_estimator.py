@@ -157,3 +157,13 @@ def test_no_ray_is_imported():
 @parametrize_with_checks([MultiModalImputer(epochs=1)])
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
+
+
+def test_columns_that_would_be_one_modality_are_told():
+    """Two columns under one name: the first would be left as it is, without a word."""
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    frame = pd.DataFrame(np.where(x > 1, np.nan, x), columns=["a__b", "other", "a_b"])
+    with pytest.raises(UserError, match=r"columns 'a__b' and 'a_b' have one name once .* give `modalities`"):
+        MultiModalImputer(epochs=1).fit(frame)
+    named = frame.rename(columns={"a_b": "c___d"})  # three are no valid name either
+    assert not MultiModalImputer(epochs=1).fit(named).transform(named).isna().any().any()
