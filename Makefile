@@ -25,7 +25,7 @@ serve: $(READY)
 	.venv/bin/mmimpute serve
 
 test: $(READY)
-	.venv/bin/pytest -n 3 --dist loadscope --no-loadscope-reorder
+	.venv/bin/pytest -n 4 --dist loadscope --no-loadscope-reorder
 
 test-fast: $(READY)
 	.venv/bin/pytest -m "not slow and not services"

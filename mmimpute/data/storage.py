@@ -27,7 +27,6 @@ from mmimpute.errors import Unreachable, UserError
 PATIENT = {"max_retries": 1000, "retry_timeout": timedelta(seconds=60), "backoff": {"base": 3, "max_backoff": timedelta(seconds=5)}}
 # For the first contact of a run: a mistyped endpoint is to be told in seconds.
 PROMPT = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-DENIED = "access denied; check the credentials and what they may read and write"
 ALWAYS = datetime.max.replace(tzinfo=UTC)
 PIECE = 8 << 20  # bytes of a download at a time
 CREDENTIALS_SECONDS = 300  # for which they are kept: those of a role are handed out with more left than that
@@ -158,11 +157,15 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except (PermissionDeniedError, UnauthenticatedError):
-        raise UserError(f"{url}: {DENIED}") from None
+        raise denied(url) from None
     except (BaseError, FileNotFoundError) as error:
         if isinstance(error, NotFoundError | FileNotFoundError) and "NoSuchBucket" not in str(error):
             raise
         raise refused(url, str(error)) from None
+
+
+def denied(url: str) -> UserError:
+    return UserError(f"{url}: access denied; check the credentials and what they may read and write")
 
 
 def refused(url: str, answer: str) -> UserError:
@@ -170,7 +173,7 @@ def refused(url: str, answer: str) -> UserError:
     if "NoSuchBucket" in answer:
         return UserError(f"{url}: there is no such bucket")
     if any(code in answer for code in ("403 Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch")):
-        return UserError(f"{url}: {DENIED}")
+        return denied(url)
     reason = answer.split("\n")[0][:300]
     return Unreachable(f"{url}: the store does not answer as it should; check endpoint and network ({reason})")
 
