@@ -67,7 +67,7 @@ def new_table(title: str, *columns: str) -> Table:
 def accuracy_table(evaluation: dict) -> Table:
     """Imputation accuracy per modality by members that had not seen the record, against the column mean."""
     table = Table(title="Accuracy, each modality hidden in turn from people not seen (column mean: skill 0, R2 0, AUROC 0.5)")
-    table.caption = "experts alone: real and binary features only"
+    table.caption = "experts alone: without categorical features"
     columns = ("records", "skill", "VAE alone", "additive", "Gaussian", "R2", "AUROC", "90% interval covers", "ECE")
     for name, justify in (("modality", "left"), *((n, "right") for n in columns)):
         table.add_column(name, justify=justify)

@@ -189,7 +189,7 @@ def _whole(y, mean, std, m0, s0) -> tuple[float | None, float | None]:
 
 def _experts(modality: Modality, y, said: Hidden, m0, s0) -> dict[str, float | None]:
     """Each expert's own skill on the features that it predicts."""
-    kept = [d for d, f in enumerate(modality.features) if f.kind in ("real", "binary")]
+    kept = [d for d, f in enumerate(modality.features) if f.kind != "categorical"]
     part = modality.model_copy(update={"features": tuple(modality.features[d] for d in kept)})
     return {
         name: _average(_features(part, y[:, kept], mean[:, kept], std[:, kept], m0[kept], s0[kept]), "skill")

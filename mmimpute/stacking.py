@@ -22,6 +22,9 @@ What each choice gained, out-of-fold skill (one seed; the experts alone have the
     eta:         skill of complete records of 20% of the people, half of the others' modalities dropped: nhanes .2390 -> .2398, tcga
                  .1200 -> .1203, eicu .0765 -> .0764, pbcseq .1146 -> .1147; 90% intervals hold .943 .912 .949 -> .938 .902 .933 of
                  nhanes' body, chem, glyco. A factor of the location that depends on it as well: eicu .0755 -> .0740, tcga .1194 -> .1185
+    tilt:        complete records of 20% of the people, without and with: eicu .1469 -> .1470, 0.5 .0835 -> .0840; nhanes .2785 -> .2786,
+                 0.5 .2434 -> .2433; pbcseq .1562 -> .1563; tcga .1841 as before. Whole numbers as levels and counts: eicu .1467 -> .1474
+                 (its vitals .1703 -> .1754), nhanes .2781 -> .2783, pbcseq 0.5 .1229 -> .1230
     prior:       weights drawn to equal ones -> to the VAE by 5 records (complete records of 20% of the people): nhanes .2756 -> .2757, 0.5
                  .2398 -> .2400; eicu .1393 -> .1398, 0.5 .0764 -> .0789; pbcseq .1562 -> .1566, 0.5 .1147 -> .1177; tcga's narrow
                  modalities only .1730 -> .1736, 0.5 .1203 -> .1194. 10 records: eicu 0.5 .0794, tcga 0.5 .1178. Mean weights of VAE and
@@ -262,18 +265,18 @@ def _scales(data: Assembly, j: int, columns_NC: Tensor, rows: Tensor) -> Tensor:
         return columns_NC.new_ones(0)
     _, block_C = _without_own(data, j, data.imputer.additive.blocks(data.imputer.vae.code)).unique(return_inverse=True)
     z_ND, x_ND = data.inputs.z[j][rows].clamp(-2 * CLIP, 2 * CLIP), data.inputs.filled[j][rows]
-    target_ND = torch.where(getattr(data.imputer, f"real_{j}"), z_ND, x_ND)
+    target_ND = torch.where(getattr(data.imputer, f"number_{j}"), z_ND, x_ND)
     return block_scales(columns_NC, block_C, target_ND, data.observed[j][rows] & getattr(data.imputer, f"mixed_{j}"))
 
 
 def _regression(data: Assembly, j: int, columns_NC: Tensor, rows: Tensor) -> Regression:
     additive = data.imputer.additive
-    kinds = (getattr(additive, f"real_{j}"), getattr(additive, f"binary_{j}"))
+    kinds = (getattr(additive, f"number_{j}"), getattr(additive, f"binary_{j}"))
     return Regression(columns_NC, data.inputs.z[j][rows], data.inputs.filled[j][rows], data.observed[j][rows], *kinds)
 
 
 def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Tensor) -> tuple[float, float]:
-    """For real and for binary features."""
+    """For numbers and for binary features."""
     rows = data.judges(0, j)
     columns_NC, losses = _columns(data, j, 0, rows)[0] * scale_C, {}
     for penalty in PENALTIES:
@@ -283,7 +286,7 @@ def _best_penalties(data: Assembly, j: int, regression: Regression, scale_C: Ten
 
 
 def _best_settings(data: Assembly, j: int, solved: Callable[[float, bool], tuple[Tensor, Tensor, Tensor]]) -> tuple[float, bool]:
-    """How far single values of codes have to stand out, and whether real features' principal components are regressed apart; solved: member
+    """How far single values of codes have to stand out, and whether numbers' principal components are regressed apart; solved: member
     0's `_solved` by these."""
     rows = data.judges(0, j)
     columns_RC, single_RV = _columns(data, j, 0, rows)
@@ -292,18 +295,18 @@ def _best_settings(data: Assembly, j: int, solved: Callable[[float, bool], tuple
         weight_CD, bias_D, slope_VD = solved(code_threshold, apart)
         return _losses(data, j, rows, columns_RC @ weight_CD + bias_D + single_RV @ slope_VD)
 
-    real, binary = (bool(getattr(data.imputer.additive, f"{kind}_{j}").any()) for kind in ("real", "binary"))
+    number, binary = (bool(getattr(data.imputer.additive, f"{kind}_{j}").any()) for kind in ("number", "binary"))
     code_threshold = min(CODE_THRESHOLDS, key=lambda t: losses(t, False)[1]) if binary else sparse.THRESHOLD
-    return code_threshold, real and losses(code_threshold, True)[0] < losses(code_threshold, False)[0]
+    return code_threshold, number and losses(code_threshold, True)[0] < losses(code_threshold, False)[0]
 
 
 def _losses(data: Assembly, j: int, rows: Tensor, guess_ND: Tensor) -> tuple[float, float]:
-    """Squared error of the real features, and nats of the binary ones."""
+    """Squared error of the numbers, and nats of the binary features."""
     additive, seen_ND = data.imputer.additive, data.observed[j][rows]
     squares_ND = (guess_ND - data.inputs.z[j][rows]).square() * seen_ND
     codes_ND = data.inputs.filled[j][rows].clamp(0, 1)
     nats_ND = torch.nn.functional.binary_cross_entropy_with_logits(guess_ND, codes_ND, reduction="none") * seen_ND
-    return float(squares_ND[:, getattr(additive, f"real_{j}")].sum()), float(nats_ND[:, getattr(additive, f"binary_{j}")].sum())
+    return float(squares_ND[:, getattr(additive, f"number_{j}")].sum()), float(nats_ND[:, getattr(additive, f"binary_{j}")].sum())
 
 
 def fit_stack(data: Assembly) -> None:
@@ -336,7 +339,7 @@ def _target(data: Assembly, j: int, rows: Tensor, scored: Tensor) -> Target:
     vae, imputer = data.imputer.vae, data.imputer
     mixed_D = getattr(imputer, f"mixed_{j}")
     values = (data.inputs.filled[j][rows], data.inputs.z[j][rows])
-    return Target(*values, scored & mixed_D, data.fold_N[rows], getattr(imputer, f"real_{j}"), vae.standardise[j])
+    return Target(*values, scored & mixed_D, data.fold_N[rows], getattr(imputer, f"number_{j}"), vae.standardise[j])
 
 
 def _pieces(
@@ -389,7 +392,8 @@ def _fit_colour(data: Assembly, j: int, beliefs: Beliefs, target: Target) -> Non
     Few records leave the VAE's correlations nearly as they are.
     """
     location_ND, scale_ND = _own_stack(data, j, WHOLE, beliefs, target)
-    scored_ND = (target.scored_ND & target.real_D & target.live_D).float()
+    real_D = getattr(data.imputer, f"real_{j}")
+    scored_ND = (target.scored_ND & real_D & target.live_D).float()
     error_ND = ((target.z_ND - location_ND) / scale_ND).clamp(-5, 5) * scored_ND
     rows = data.learners(NOBODY, j)[:MOST_COLOURED]
     masks = data.hidden(rows, j)
@@ -397,8 +401,8 @@ def _fit_colour(data: Assembly, j: int, beliefs: Beliefs, target: Target) -> Non
     with torch.no_grad():
         drawn_SRD = data.imputer.vae.impute(record, DRAWS, torch.Generator().manual_seed(SEED), data.imputer.diffusion)[j]
         deviation_SRD = data.imputer.deviations(j, drawn_SRD, data.imputer.drawn_from([x[rows] for x in data.x], masks, j))
-    deviation = (deviation_SRD.clamp(-5, 5) * target.real_D).flatten(0, 1)
-    vae_DD = deviation.T @ deviation / len(deviation) + torch.diag((~target.real_D).float())
+    deviation = (deviation_SRD.clamp(-5, 5) * real_D).flatten(0, 1)
+    vae_DD = deviation.T @ deviation / len(deviation) + torch.diag((~real_D).float())
     count_DD = scored_ND.T @ scored_ND
     error_DD = _correlation((error_ND.T @ error_ND + PRIOR_RECORDS * _correlation(vae_DD)) / (count_DD + PRIOR_RECORDS))
     roots = [torch.linalg.cholesky(c) for c in (_positive(error_DD), vae_DD + 1e-4 * torch.eye(len(vae_DD)))]
@@ -419,9 +423,9 @@ def _positive(correlation_DD: Tensor) -> Tensor:
 
 
 def _residuals(data: Assembly, j: int, mode: int, beliefs: Beliefs, target: Target, masks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(value - mean) / std of real values, with the group and the fold of each."""
-    mean, std = stacks.original(*_own_stack(data, j, mode, beliefs, target), target.real_D, target.standardise)
-    kept = target.scored_ND & target.real_D
+    """(value - mean) / std of numbers, with the group and the fold of each."""
+    mean, std = data.imputer.original(j, *_own_stack(data, j, mode, beliefs, target))
+    kept = target.scored_ND & target.number_D
     group_N = data.imputer.conformal.group(j, masks)
     spread = lambda t: t[:, None].expand(kept.shape)[kept]  # noqa: E731
     return ((target.x_ND - mean) / std.clamp_min(1e-30))[kept], spread(group_N), spread(target.fold_N)

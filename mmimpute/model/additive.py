@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor, nn
 
-from mmimpute.model.config import ModelConfig
+from mmimpute.model.config import NUMBERS, ModelConfig
 from mmimpute.model.gaussian import Components, Gaussian
 from mmimpute.model.networks import CLIP, Code
 from mmimpute.model.sparse import SOURCES
@@ -42,7 +42,7 @@ class Additive(nn.Module):
             self.register_buffer(f"slope_{j}", torch.zeros(config.members, targets, SOURCES * any(self.wide)))
             self.register_buffer(f"weight_{j}", torch.zeros(config.members, sum(self.widths), targets))
             self.register_buffer(f"bias_{j}", torch.zeros(config.members, 1, targets))
-            self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
+            self.register_buffer(f"number_{j}", torch.tensor([k in NUMBERS for k in m.kinds]), persistent=False)
             self.register_buffer(f"binary_{j}", torch.tensor([k == "binary" for k in m.kinds]), persistent=False)
 
     def columns(self, completed_EBP: Tensor, z, x, observed, codes: Sequence[Code], gaussian: Gaussian, knots) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Additive(nn.Module):
         return numbers + [t.expand(len(z_EBD), -1, -1) for t in code.told(x_BD, seen_BD)]
 
     def forward(self, j: int, columns_EBC: Tensor, values_EBV: Tensor) -> Tensor:
-        """Linear predictors of modality j, (E, B, D_j): standardised real features, logits of binary ones."""
+        """Linear predictors of modality j, (E, B, D_j): standardised numbers, logits of binary features."""
         found_EBD = torch.baddbmm(getattr(self, f"bias_{j}"), columns_EBC, getattr(self, f"weight_{j}"))
         if not values_EBV.shape[2]:
             return found_EBD
@@ -102,7 +102,7 @@ class Additive(nn.Module):
 
     def own_values(self, j: int) -> slice:
         """Of the wide modalities' values."""
-        widths = [getattr(self, f"real_{k}").numel() * wide for k, wide in enumerate(self.wide[: j + 1])]
+        widths = [getattr(self, f"number_{k}").numel() * wide for k, wide in enumerate(self.wide[: j + 1])]
         return slice(sum(widths[:j]), sum(widths))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("real", "binary", "count", "ordinal", "categorical")
+NUMBERS = ("real", "count", "ordinal")  # whose mean means something: they are regressed as standardised values
 TAILS = ("gaussian", "student")
 FORMS = {"vector": 0, "image": 3, "signal": 2, "text": 1}  # and the dimensions of their shape
 MOST_LEVELS = 1 << 16  # of a feature, or words of a text: far more than anybody has, and few enough for any memory

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmimpute.model.additive import Additive
-from mmimpute.model.config import ModelConfig
+from mmimpute.model.config import NUMBERS, ModalityConfig, ModelConfig
 from mmimpute.model.diffusion import Diffusion, diffused
 from mmimpute.model.gaussian import Gaussian
 from mmimpute.model.networks import fast_products, rounded
@@ -74,11 +74,21 @@ class Imputer(nn.Module):
         self.conformal = Conformal(vae.config)
         self.diffusion = Diffusion(vae.config, vae.private, vae.likelihoods) if diffused(vae.config) else None
         for j, m in enumerate(vae.config.modalities):
-            self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in m.kinds]), persistent=False)
             if m.width <= WIDE and not m.structured:
                 self.register_buffer(f"colour_{j}", torch.eye(m.width))
-            mixed_D = torch.tensor([k in ("real", "binary") and not m.structured for k in m.kinds])  # what several experts know
-            self.register_buffer(f"mixed_{j}", mixed_D, persistent=False)
+            self._kinds(j, m)
+
+    def _kinds(self, j: int, modality: ModalityConfig) -> None:
+        """What is to be known of modality j's features by their kinds."""
+        kinds = modality.kinds
+        self.register_buffer(f"real_{j}", torch.tensor([k == "real" for k in kinds]), persistent=False)
+        self.register_buffer(f"number_{j}", torch.tensor([k in NUMBERS for k in kinds]), persistent=False)
+        mixed_D = torch.tensor([k != "categorical" and not modality.structured for k in kinds])  # what several experts know
+        self.register_buffer(f"mixed_{j}", mixed_D, persistent=False)
+        least_D = torch.tensor([0.0 if k in ("count", "ordinal") else -torch.inf for k in kinds])
+        most_D = torch.tensor([n - 1.0 if k == "ordinal" else torch.inf for k, n in zip(kinds, modality.levels, strict=True)])
+        self.register_buffer(f"least_{j}", least_D, persistent=False)
+        self.register_buffer(f"most_{j}", most_D, persistent=False)
 
     @classmethod
     def from_state(cls, config: ModelConfig, state: Mapping[str, Tensor]) -> "Imputer":
@@ -134,7 +144,7 @@ class Imputer(nn.Module):
 
     def _own(self, j: int, inputs: Inputs, latents: Latents, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the VAE says of modality j of some records, by its member: see `Likelihoods.location_scale`."""
-        return self.vae.likelihoods[j].location_scale(self.vae.heads(j, inputs, latents, rows))
+        return self.vae.likelihoods[j].location_scale(self.vae.heads(j, inputs, latents, rows), self.vae.standardise[j])
 
     def _beliefs(self, j: int, given: "Conditioned", rows: Tensor) -> Beliefs:
         """What all experts say of modality j of some records, the VAE at the means of its latents."""
@@ -142,7 +152,7 @@ class Imputer(nn.Module):
         gaussian = self.gaussian.components[j].restore(given.filled_EBP.split(self.gaussian.sizes, -1)[j].index_select(1, rows))
         standardise = self.vae.standardise[j]
         chance = (gaussian * standardise.std + standardise.mean).clamp(0.005, 0.995)
-        gaussian = torch.where(getattr(self, f"real_{j}"), gaussian, torch.logit(chance))
+        gaussian = torch.where(getattr(self, f"number_{j}"), gaussian, torch.logit(chance))
         additive = self.additive(j, given.columns_EBC.index_select(1, rows), given.values_EBV.index_select(1, rows))
         present_BK = given.inputs.present_BK[rows].float()
         others_B = (present_BK.sum(1) - present_BK[:, j]) / max(1, present_BK.shape[1] - 1)
@@ -153,8 +163,8 @@ class Imputer(nn.Module):
         it was never asked; what is true of it is what is true of people."""
         location, scale = self.stack.modalities[j](self._beliefs(j, given, rows), mode)
         unknown_R1 = ~given.inputs.present_BK[rows].any(1, keepdim=True)
-        real_D, mean_D = getattr(self, f"real_{j}"), self.vae.standardise[j].mean
-        marginal_D = torch.where(real_D, 0.0, torch.logit(mean_D, 1e-3))
+        number_D, mean_D = getattr(self, f"number_{j}"), self.vae.standardise[j].mean
+        marginal_D = torch.where(number_D, 0.0, torch.logit(mean_D, 1e-3))
         return torch.where(unknown_R1, marginal_D, location), torch.where(unknown_R1, 1.0, scale)
 
     def _incomplete(self, given: "Conditioned") -> Iterator[tuple[int, int, Tensor]]:
@@ -221,13 +231,18 @@ class Imputer(nn.Module):
 
     def _original(self, j: int, mode: int, given: "Conditioned", rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (R, D) in original units; what only the VAE knows comes from its mixture."""
-        mixed_D, standardise = getattr(self, f"mixed_{j}"), self.vae.standardise[j]
+        mixed_D = getattr(self, f"mixed_{j}")
         if not mixed_D.all():
-            alone = self.vae.likelihoods[j].moments(self.vae.heads(j, given.inputs, given.latents, rows), standardise)
+            alone = self.vae.likelihoods[j].moments(self.vae.heads(j, given.inputs, given.latents, rows), self.vae.standardise[j])
             if not mixed_D.any():
                 return alone
-        mixed = original(*pooled(*self._margins(j, mode, given, rows)), getattr(self, f"real_{j}"), standardise)
+        mixed = self.original(j, *pooled(*self._margins(j, mode, given, rows)))
         return mixed if mixed_D.all() else tuple(torch.where(mixed_D, a, b) for a, b in zip(mixed, alone, strict=True))
+
+    def original(self, j: int, location: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in original units, the means of counts and levels within their range."""
+        mean, std = original(location, scale, getattr(self, f"number_{j}"), self.vae.standardise[j])
+        return mean.clamp(getattr(self, f"least_{j}"), getattr(self, f"most_{j}")), std
 
     @torch.no_grad()
     def experts(self, x: Sequence[Tensor], observed: Sequence[Tensor], j: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -240,7 +255,7 @@ class Imputer(nn.Module):
         for m, name in enumerate(EXPERTS):
             location = beliefs.location_MEBD[m].mean(0)
             scale = (self.drawn_from(x, observed, j)[1] if name == "vae" else stack.alone_EGMD[:, WHOLE, m]).mean(0)
-            found[name] = original(location, scale.expand_as(location), getattr(self, f"real_{j}"), self.vae.standardise[j])
+            found[name] = self.original(j, location, scale.expand_as(location))
         return found
 
     @torch.no_grad()
@@ -276,7 +291,7 @@ class Imputer(nn.Module):
         return torch.arange(self.config.members).repeat_interleave(torch.tensor(self.vae.shares(draws)))
 
     def _moved(self, j: int, mode: int, drawn_SRD: Tensor, given: "Conditioned", rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draws of the VAE with the margins of the stack."""
+        """Draws of the VAE with the margins of the stack; those of counts and levels, which are whole, as they are."""
         real_D, own = getattr(self, f"real_{j}"), self._own(j, given.inputs, given.latents, rows)
         location_ERD, scale_ERD = self._margins(j, mode, given, rows)
         location, scale = pooled(location_ERD, scale_ERD)
@@ -292,7 +307,7 @@ class Imputer(nn.Module):
         chance_SRD = torch.rand(drawn_SRD.shape, generator=generator, device=self.device)
         codes_SRD = torch.where(drawn_SRD > 0.5, chance_SRD < keep_RD, chance_SRD < raise_RD).to(drawn_SRD.dtype)
         moved = torch.where(real_D, numbers_SRD, codes_SRD)
-        return torch.where(getattr(self, f"mixed_{j}"), moved, drawn_SRD)
+        return torch.where(getattr(self, f"least_{j}").isinf() & getattr(self, f"mixed_{j}"), moved, drawn_SRD)
 
     def generate(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """n synthetic records from p(z0) p(zj | z0) p(xj | zj, z0): K tensors n x D_j in original units."""

@@ -120,6 +120,7 @@ class Likelihoods(nn.Module):
         self.size = sum(self.counts[k] * self.outputs[k] for k in self.kinds)
         for k in KINDS:
             self.register_buffer(f"{k}_F", torch.tensor(index[k], dtype=torch.long), persistent=False)
+        self.register_buffer("whole_D", torch.tensor([k in ("count", "ordinal") for k in config.kinds]), persistent=False)
         order = [i for k in self.kinds for i in index[k]]
         self.register_buffer("inverse_D", torch.argsort(torch.tensor(order)), persistent=False)
         self.student = config.tails == "student" and "real" in self.kinds and not config.structured
@@ -297,21 +298,28 @@ class Likelihoods(nn.Module):
         mean = (chance * level).sum(-1)
         return mean, (chance * (level - mean.unsqueeze(-1)).square()).sum(-1).sqrt()
 
-    def location_scale(self, heads: Heads) -> tuple[Tensor, Tensor]:
+    def location_scale(self, heads: Heads, standardise: Standardise) -> tuple[Tensor, Tensor]:
         """Each member's mixture over S on the scale on which experts are mixed, (E, B, D): mean and standard deviation of
-        standardised real features, logit of binary ones (scale 1). The other kinds, which no other expert predicts: 0, 1."""
-        locations, scales = [], []
-        for kind in self.kinds:
-            head = heads[kind]
-            location, scale = torch.zeros_like(head[0, ..., 0]), torch.ones_like(head[0, ..., 0])
-            if kind == "real":
-                location = head[..., 0].mean(0)
-                scale = (head[..., 1].exp().square() + (head[..., 0] - location).square()).mean(0).sqrt()
-            elif kind == "binary":
-                location = torch.logit(torch.sigmoid(head[..., 0]).mean(0), 1e-6)
-            locations.append(location)
-            scales.append(scale)
-        return self.join(locations), self.join(scales)
+        standardised numbers, logit of binary features (scale 1). Categorical ones, which no other expert predicts: 0, 1."""
+        found = [self._location_scale(kind, heads[kind], standardise) for kind in self.kinds]
+        location, scale = (self.join(list(parts)) for parts in zip(*found, strict=True))
+        if not self.whole_D.any():
+            return location, scale
+        whole = standardise.of_moments(location, scale)
+        least = math.exp(LOG_SD[0])  # real features' least, too
+        return torch.where(self.whole_D, whole[0], location), torch.where(self.whole_D, whole[1].clamp_min(least), scale)
+
+    def _location_scale(self, kind: str, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
+        """Of counts and ordinal levels in original units."""
+        if kind in ("count", "ordinal"):
+            return self._moments(kind, head, standardise)
+        location, scale = torch.zeros_like(head[0, ..., 0]), torch.ones_like(head[0, ..., 0])
+        if kind == "real":
+            location = head[..., 0].mean(0)
+            scale = (head[..., 1].exp().square() + (head[..., 0] - location).square()).mean(0).sqrt()
+        elif kind == "binary":
+            location = torch.logit(torch.sigmoid(head[..., 0]).mean(0), 1e-6)
+        return location, scale
 
     def _real_moments(self, head: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
         mean_SBF, sd_SBF = head[..., 0], head[..., 1].exp()

@@ -1,7 +1,7 @@
 """Ridge and logistic regressions of one modality's features on one set of columns: a dense and a sparse part (sparse.py).
 
 One penalty shrinks what the features share, which can be foretold, as much as what each has of its own. So where the judges of a modality
-(stacking.py) agree, real features are regressed by their principal components, each with a penalty of its own (Breiman & Friedman 1997,
+(stacking.py) agree, numbers are regressed by their principal components, each with a penalty of its own (Breiman & Friedman 1997,
 "curds and whey", of ordinary regressions).
 
 Skill of 20% of the training people, complete, with one penalty, always with these, and where judges agree: tcga 0.0 .1816 .1826 .1826, 0.5
@@ -32,39 +32,39 @@ class Regression:
     The columns are rotated to their principal axes once; in these the penalised problems are nearly separable.
     """
 
-    def __init__(self, columns_NC: Tensor, z_ND: Tensor, x_ND: Tensor, seen_ND: Tensor, real_D: Tensor, binary_D: Tensor) -> None:
+    def __init__(self, columns_NC: Tensor, z_ND: Tensor, x_ND: Tensor, seen_ND: Tensor, number_D: Tensor, binary_D: Tensor) -> None:
         self.centre_C = columns_NC.mean(0)
         centred_NC = (columns_NC - self.centre_C).double()
         self.axes_CR, self.values_R = principal_axes(centred_NC)
         self.rotated_NR = (centred_NC @ self.axes_CR).float()
         self.z_ND, self.x_ND, self.seen_ND = z_ND, x_ND, seen_ND.float()
-        self.real_D, self.binary_D = real_D, binary_D
+        self.number_D, self.binary_D = number_D, binary_D
 
     def solve(self, penalty: float, logistic_penalty: float, sparse_ND: Tensor | None = None, apart: bool = False) -> tuple[Tensor, Tensor]:
         """weight (C, D) and bias (D,). The penalty of a logistic regression is scaled by the feature's variance.
 
-        sparse: what single values explain already. apart: real features' principal components have penalties of their own.
+        sparse: what single values explain already. apart: numbers' principal components have penalties of their own.
         """
-        weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.real_D))
-        bias_D = self.rotated_NR.new_zeros(len(self.real_D))
+        weight_RD = self.rotated_NR.new_zeros(len(self.values_R), len(self.number_D))
+        bias_D = self.rotated_NR.new_zeros(len(self.number_D))
         sparse_ND = torch.zeros_like(self.z_ND) if sparse_ND is None else sparse_ND
-        if self.real_D.any():
-            y_NF = (self.z_ND.clamp(-2 * CLIP, 2 * CLIP) - sparse_ND)[:, self.real_D]
+        if self.number_D.any():
+            y_NF = (self.z_ND.clamp(-2 * CLIP, 2 * CLIP) - sparse_ND)[:, self.number_D]
             solution = self._ridge(y_NF, penalty)
-            weight_RD[:, self.real_D], bias_D[self.real_D] = self._by_components(y_NF, penalty, *solution) if apart else solution
+            weight_RD[:, self.number_D], bias_D[self.number_D] = self._by_components(y_NF, penalty, *solution) if apart else solution
         if self.binary_D.any():
             weight_RD[:, self.binary_D], bias_D[self.binary_D] = self._logistic(logistic_penalty, sparse_ND)
         weight_CD = (self.axes_CR @ weight_RD.double()).float()
         return weight_CD, bias_D - self.centre_C @ weight_CD
 
     def single_out(self, values_NV: Tensor, penalty: float, dense: tuple[Tensor, Tensor], code_threshold: float) -> Tensor:
-        """Slopes of values that stand out of a solution (weight and bias), (V, D); see sparse.py. penalty: of real features."""
+        """Slopes of values that stand out of a solution (weight and bias), (V, D); see sparse.py. penalty: of numbers."""
         weight_CD, bias_D = dense
         eta_ND = bias_D + self.centre_C @ weight_CD + self.rotated_NR @ (self.axes_CR.T.float() @ weight_CD)
         shrunk_R1 = 1 / (self.values_R.float() + penalty)[:, None]
         slope_VD = eta_ND.new_zeros(values_NV.shape[1], len(bias_D))
         keep = lambda t: t - self.rotated_NR @ (shrunk_R1 * (self.rotated_NR.T @ t))  # noqa: E731
-        numbers = self.real_D, self.z_ND.clamp(-2 * CLIP, 2 * CLIP), keep, THRESHOLD
+        numbers = self.number_D, self.z_ND.clamp(-2 * CLIP, 2 * CLIP), keep, THRESHOLD
         codes = self.binary_D, self.x_ND, None, code_threshold
         for kind_D, target_ND, kept, threshold in (numbers, codes):
             if kind_D.any():
@@ -74,7 +74,7 @@ class Regression:
 
     def _ridge(self, y_NF: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         """Missing targets by majorisation-minimisation: the step's matrix is that of all records, so one fits all features."""
-        seen_NF = self.seen_ND[:, self.real_D]
+        seen_NF = self.seen_ND[:, self.number_D]
         count_F = seen_NF.sum(0).clamp_min(1)
         values_R1 = self.values_R[:, None].float()
         bias_F = (y_NF * seen_NF).sum(0) / count_F
@@ -88,7 +88,7 @@ class Regression:
 
     def _by_components(self, y_NF: Tensor, penalty: float, weight_RF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
         """The targets' principal components are regressed apart; missing targets are as a solution with one penalty says."""
-        y_NF = torch.where(self.seen_ND[:, self.real_D] > 0, y_NF, bias_F + self.rotated_NR @ weight_RF)
+        y_NF = torch.where(self.seen_ND[:, self.number_D] > 0, y_NF, bias_F + self.rotated_NR @ weight_RF)
         centred_NF = (y_NF - y_NF.mean(0)).double()
         axes_FQ = principal_axes(centred_NF)[0]
         score_NQ = (centred_NF @ axes_FQ).float()

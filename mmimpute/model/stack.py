@@ -1,9 +1,9 @@
 """The stack: what the experts say about a missing value, mixed and calibrated by weights that cross-fitting found.
 
-Per modality, with a_e what expert e says (standardised real features, logits of binary ones) and s the VAE's deviation:
+Per modality, with a_e what expert e says (standardised numbers, logits of binary features) and s the VAE's deviation:
 
     location  = sum_e (w_e + delta_ed) a_ed + offset_d
-    log scale = level_d + kappa (log s - level_d) + shift_d + gamma log(1 + disagreement / s) + eta (others - usual)
+    log scale = level_d + (kappa + tilt_d) (log s - level_d) + shift_d + gamma log(1 + disagreement / s) + eta (others - usual)
 
 others: share of the other modalities that a record holds, usual: its mean over the records that the stack was fitted to.
 
@@ -75,7 +75,7 @@ class ModalityStack(nn.Module):
         experts = len(EXPERTS)
         self.register_buffer("weight_EGM", torch.full((members, 2, experts), 1 / experts))
         self.register_buffer("delta_EGMD", torch.zeros(members, 2, experts, width))
-        for name in ("offset", "shift", "level"):
+        for name in ("offset", "shift", "tilt", "level"):
             self.register_buffer(f"{name}_EGD", torch.zeros(members, 2, width))
         self.register_buffer("kappa_EG", torch.ones(members, 2))
         for name in ("gamma", "eta", "usual"):
@@ -99,7 +99,7 @@ def mix(parameters: dict[str, Tensor], beliefs: Beliefs) -> tuple[Tensor, Tensor
     level_E1D = p["level"][:, None]
     log_scale_EBD = (
         level_E1D
-        + p["kappa"][:, None, None] * (beliefs.log_scale_EBD - level_E1D)
+        + (p["kappa"][:, None, None] + p["tilt"][:, None]) * (beliefs.log_scale_EBD - level_E1D)
         + p["shift"][:, None]
         + p["gamma"][:, None, None] * beliefs.disagreement_EBD
         + (p["eta"][:, None] * (beliefs.others_B - p["usual"][:, None]))[..., None]
@@ -136,11 +136,11 @@ def drawn_around(location_EBD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor
     return around_EBD * scale_BD * (share_BD / between_BD).sqrt(), scale_BD * (1 - share_BD).sqrt()
 
 
-def original(location: Tensor, scale: Tensor, real_D: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
+def original(location: Tensor, scale: Tensor, number_D: Tensor, standardise: Standardise) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation in original units: of the transformed Gaussian, or of a Bernoulli."""
     mean, std = standardise.moments(location[None], scale[None])
     chance = torch.sigmoid(location)
-    return torch.where(real_D, mean, chance), torch.where(real_D, std, (chance * (1 - chance)).sqrt())
+    return torch.where(number_D, mean, chance), torch.where(number_D, std, (chance * (1 - chance)).sqrt())
 
 
 def crps(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Target:
     z_ND: Tensor  # standardised
     scored_ND: Tensor  # bool
     fold_N: Tensor
-    real_D: Tensor
+    number_D: Tensor
     standardise: Standardise
 
     @cached_property
@@ -166,7 +166,7 @@ class Target:
         numbers_ND = crps(self.x_ND.double(), mean_D, std_D.clamp_min(TINY)) * self.scored_ND
         chance_D = mean_D.clamp(1e-4, 1 - 1e-4)
         codes_D = fn.binary_cross_entropy(chance_D, chance_D, reduction="none")
-        found_D = torch.where(self.real_D, numbers_ND.sum(0) / self.scored_ND.sum(0).clamp_min(1), codes_D)
+        found_D = torch.where(self.number_D, numbers_ND.sum(0) / self.scored_ND.sum(0).clamp_min(1), codes_D)
         return torch.where(self.live_D, found_D, 1.0).float()
 
     @cached_property
@@ -192,14 +192,14 @@ class Target:
 
     def part(self, features: Tensor) -> "Target":
         columns = (t[..., features] for t in (self.x_ND, self.z_ND, self.scored_ND))
-        return Target(*columns, self.fold_N, self.real_D[features], self.standardise.part(features))
+        return Target(*columns, self.fold_N, self.number_D[features], self.standardise.part(features))
 
     def score(self, location_END: Tensor, scale_END: Tensor) -> Tensor:
         """The scoring rule per value, relative to that of the marginal, (E, N, D)."""
-        mean, std = original(location_END, scale_END, self.real_D, self.standardise)
+        mean, std = original(location_END, scale_END, self.number_D, self.standardise)
         numbers = crps(self.x_ND, mean, torch.maximum(std, self.least_std_D))
         codes = fn.binary_cross_entropy_with_logits(location_END, self.x_ND.clamp(0, 1).expand_as(location_END), reduction="none")
-        return torch.where(self.real_D, numbers, codes)
+        return torch.where(self.number_D, numbers, codes)
 
 
 def fit(stack: ModalityStack, mode: int, beliefs: Beliefs, target: Target, generative: bool = False) -> None:
@@ -234,7 +234,7 @@ def _fit_member(parameters: dict[str, Tensor], prior: tuple[Tensor, float], beli
     chosen = target.live_D.nonzero().squeeze(1)
     chosen = chosen[torch.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).long()] if width > WIDE else chosen
     some = {name: t if name in (*COMMON, "usual") else t[..., chosen] for name, t in parameters.items()}
-    own = ("shift",) if width > WIDE else ("delta", "offset", "shift")
+    own = ("shift",) if width > WIDE else ("delta", "offset", "shift", "tilt")
     _minimise(some, (*COMMON, *own), prior, beliefs.part(chosen), target.part(chosen), scored_END[..., chosen])
     for name in COMMON:
         parameters[name] = some[name]
@@ -273,7 +273,7 @@ def _minimise(
         optimiser.zero_grad()
         score_END = target.score(*mix(parameters, beliefs))
         value = ((score_END * scored_END).sum(1) * share_ED).sum()
-        own_ED = parameters["delta"].square().sum(1) + 0.25 * (parameters["offset"].square() + parameters["shift"].square())
+        own_ED = parameters["delta"].square().sum(1) + 0.25 * sum(parameters[name].square() for name in ("offset", "shift", "tilt"))
         value = value + (PENALTY / count_ED / features * own_ED).sum()
         common = (free["kappa"] - 1).square().sum() + free["gamma"].square().sum()
         value = value + COMMON_PENALTY * common + ETA_PENALTY / len(beliefs.others_B) * free["eta"].square().sum()
@@ -293,7 +293,7 @@ def _own_scale(parameters: dict[str, Tensor], beliefs: Beliefs, target: Target, 
     location_END, scale_END = mix(parameters | {"shift": torch.zeros_like(parameters["shift"])}, beliefs)
     ratio_END = (target.z_ND - location_END).square() / scale_END.square()
     shift_ED = 0.5 * ((ratio_END * scored_END).sum(1) / count_ED).clamp_min(1e-4).log()
-    judged_D = target.live_D & target.real_D  # codes are not on the scale of their errors
+    judged_D = target.live_D & target.number_D  # codes are not on the scale of their errors
     typical_E1 = (shift_ED * judged_D).sum(1, keepdim=True) / judged_D.sum().clamp_min(1)
     return typical_E1 + count_ED / (count_ED + PENALTY) * (shift_ED - typical_E1)
 
@@ -322,7 +322,7 @@ class Conformal(nn.Module):
 
     Split conformal prediction with the normalised residual as the score (Lei et al. 2018, sec. 5.2), cross-fitted
     (Vovk 2015): the rank is ceil((n + 1) (1 - alpha / 2)), so that n exchangeable values give finite-sample coverage.
-    Residuals are those of real features; counts and ordinal levels get the same factors without that guarantee.
+    Residuals are those of numbers: real features, counts and levels.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -64,6 +64,16 @@ class Standardise(nn.Module):
         exponent_BD = torch.where(self.log, y_BD.abs(), torch.zeros_like(y_BD))
         return torch.where(self.log, y_BD.sign() * self.unit * torch.expm1(exponent_BD), y_BD)
 
+    def of_moments(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation in standardised units of the Gaussian that has these in original units; (any shape) x D. Inverse of `moments`.
+
+        Logged features, not below 0, as shifted log-normal.
+        """
+        beyond = mean / self.unit + 1
+        variance = torch.log1p((std / self.unit / beyond).square())
+        location, scale = (torch.where(self.log, a, b) for a, b in ((beyond.log() - variance / 2, mean), (variance.sqrt(), std)))
+        return (location - self.mean) / self.std, scale / self.std
+
     def moments(self, mu_SBD: Tensor, sd_SBD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, in original units, of an equal mixture of S Gaussians; S x (any shape) x D.
 

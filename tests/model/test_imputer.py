@@ -111,11 +111,22 @@ def test_of_whom_nothing_is_observed_is_said_what_is_true_of_people(model, recor
 def test_evidence_moves_predictions_towards_the_truth(model):
     """The columns are linked: half of the variance of what is missing is told by the rest."""
     x = linked(mixed_values(400, seed=8), seed=8)
-    for j, i in ((0, 0), (1, 0), (1, 3)):
+    for j, i in ((0, 0), (0, 2), (0, 3), (0, 5), (1, 0), (1, 3), (2, 1)):  # real features, counts and levels
         observed = [torch.ones_like(v, dtype=torch.bool) for v in x]
         observed[j] = ~observed[j]
         mean = model.predict(x, observed).mean[j][:, i]
         assert ((mean - x[j][:, i]).square().mean() / x[j][:, i].var()).item() < 0.5
+
+
+def test_intervals_hold_counts_and_levels_as_they_hold_numbers(model):
+    x = linked(mixed_values(1000, seed=9), seed=9)
+    for j in (0, 2):
+        observed = [torch.ones_like(v, dtype=torch.bool) for v in x]
+        observed[j] = ~observed[j]
+        p = model.predict(x, observed, LEVEL)
+        numbers = [i for k, i, kind, _ in KINDS if k == j and kind in ("real", "count", "ordinal")]
+        inside = ((x[j] >= p.lower[j]) & (x[j] <= p.upper[j]))[:, numbers]
+        assert inside.float().mean() > LEVEL - 0.03
 
 
 # -- members ------------------------------------------------------------------------------------------------------------
@@ -166,7 +177,7 @@ def test_the_stack_hears_the_vae_at_the_means_of_its_latents(model, records, mon
         monkeypatch.setattr(imputer, "NODES", nodes)
         believed = model.believe(x, observed, 1)
         for found_EBD, expected_EBD in zip(
-            (believed.location_MEBD[0], believed.scale_EBD), vae.likelihoods[1].location_scale(heads), strict=True
+            (believed.location_MEBD[0], believed.scale_EBD), vae.likelihoods[1].location_scale(heads, vae.standardise[1]), strict=True
         ):
             torch.testing.assert_close(found_EBD[:, told_B], expected_EBD[:, told_B])
     assert (model.drawn_from(x, observed, 1)[1] > believed.scale_EBD)[..., model.real_1].float().mean() > 0.9

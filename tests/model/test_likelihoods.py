@@ -120,6 +120,38 @@ def test_samples_have_the_moments_of_the_likelihood(mixed):
     assert np.sqrt(1 - (share**2).sum()) == pytest.approx(std[categorical], abs=0.01)
 
 
+def test_numbers_are_told_on_the_scale_of_the_experts(mixed):
+    """Location and scale of real features, counts and levels stand for the moments in original units, and the logit for the chance."""
+    likelihood, standardise, _ = mixed
+    raw = 0.3 * torch.randn(3, 1, 20, likelihood.size, generator=torch.Generator().manual_seed(2))
+    raw[..., 6] += 4  # counts whose tail is in the range that was seen
+    heads = likelihood.heads(raw)
+    location, scale = (t[0] for t in likelihood.location_scale(heads, standardise))
+    mean, std = likelihood.moments(heads, standardise)
+    counts, levels = [2], [3, 5]
+    for columns, rtol in (([0], 1e-4), (counts, 0.05), (levels, 1e-4)):
+        for found, expected in zip(standardise.moments(location[None], scale[None]), (mean, std), strict=True):
+            torch.testing.assert_close(found[:, columns], expected[:, columns], rtol=rtol, atol=1e-4)
+    torch.testing.assert_close(location[:, 1].sigmoid(), mean[:, 1])
+    assert not location[:, 4].any() and (scale[:, 4] == 1).all()
+
+
+def test_moments_and_the_gaussian_that_has_them_are_inverse(mixed):
+    """Counts and logged features, as log-normal, where their range is far."""
+    _, standardise, _ = mixed
+    location, scale = 0.3 * torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0))
+    location, scale = location + 0.5, 0.1 + scale.abs() / 4
+    found = standardise.of_moments(*standardise.moments(location[None], scale[None]))
+    torch.testing.assert_close(found, (location, scale), rtol=1e-3, atol=1e-3)
+
+
+def test_a_certain_level_has_a_deviation(mixed):
+    likelihood, standardise, _ = mixed
+    for far in (-1e4, 1e4):
+        location, scale = likelihood.location_scale(likelihood.heads(torch.full((1, 1, 1, likelihood.size), far)), standardise)
+        assert torch.isfinite(location).all() and torch.isfinite(scale.log()).all()
+
+
 def test_samples_stay_inside_the_support(mixed):
     likelihood, standardise, _values = mixed
     raw = 3 * torch.randn(1, 500, likelihood.size, generator=torch.Generator().manual_seed(4))
@@ -182,7 +214,7 @@ def test_tails_leave_standard_deviations_and_scores_alone():
     for likelihood, standardise in (gaussian, student):
         heads = likelihood.heads(raw)
         score = likelihood.score(heads, target)
-        found.append([*likelihood.moments(heads, standardise), *likelihood.location_scale(heads), score])
+        found.append([*likelihood.moments(heads, standardise), *likelihood.location_scale(heads, standardise), score])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 

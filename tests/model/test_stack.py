@@ -178,6 +178,18 @@ def test_a_fit_never_ends_in_nan(seed):
     assert all(torch.isfinite(t).all() for t in stack.buffers())
 
 
+def test_each_feature_believes_the_vaes_deviations_as_far_as_they_are_true():
+    """Of three features one errs as the VAE says, one more evenly, one alike everywhere."""
+    torch.manual_seed(0)
+    true_D, said_N1 = torch.tensor([1.0, 0.5, 0.0]), torch.randn(4000, 1).exp()
+    z = said_N1**true_D * torch.randn(4000, 3)
+    zeros = torch.zeros_like(z)
+    stack = ModalityStack(2, 3)
+    fit(stack, WHOLE, beliefs(zeros, zeros, zeros, scale=said_N1), truth(z, folds=2))
+    found_ED = stack.kappa_EG[:, WHOLE, None] + stack.tilt_EGD[:, WHOLE]
+    torch.testing.assert_close(found_ED, true_D.expand(2, 3), rtol=0, atol=0.1)
+
+
 def test_each_kind_of_missingness_has_its_own_parameters():
     stack = ModalityStack(2, 3)
     stack.offset_EGD[:, GAP], stack.offset_EGD[:, WHOLE] = 1.0, 2.0
