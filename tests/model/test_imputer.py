@@ -8,8 +8,9 @@ import torch
 from cohorts import CONFIG, linked, masks, mixed_model, mixed_values
 
 from mmimpute.model import FeatureStatistics, Imputer, ModalityConfig, ModelConfig, MultiModalVAE, imputer
-from mmimpute.model.stack import EXPERTS
-from mmimpute.stacking import Assembly, assemble, early, fit_others
+from mmimpute.model import stack as stacks
+from mmimpute.model.stack import EXPERTS, WHOLE, Beliefs
+from mmimpute.stacking import FEW_JUDGES, PARTS, Assembly, _target, _unseen, assemble, early, fit_others
 
 MEMBERS, ROWS, NEW, DRAWS = 3, 120, 40, 2000
 LEVEL = 0.9
@@ -127,6 +128,24 @@ def test_intervals_hold_counts_and_levels_as_they_hold_numbers(model):
         numbers = [i for k, i, kind, _ in KINDS if k == j and kind in ("real", "count", "ordinal")]
         inside = ((x[j] >= p.lower[j]) & (x[j] <= p.upper[j]))[:, numbers]
         assert inside.float().mean() > LEVEL - 0.03
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(100, False), (FEW_JUDGES, True)])
+def test_few_judges_of_a_single_member_are_judged_by_stacks_that_have_not_seen_them(rows, seen):
+    """What is said of a fifth of them does not depend on their truth; many judges are judged by the stack that they fitted."""
+    x = linked(mixed_values(rows))
+    data = Assembly(mixed_model(), x, [torch.ones_like(v, dtype=torch.bool) for v in x], torch.zeros(rows, dtype=torch.long))
+    part = torch.arange(rows) % PARTS == 0
+    location_MEBD = data.inputs.z[1] + torch.randn(3, 1, rows, 5, generator=torch.Generator().manual_seed(0))
+    beliefs, said = Beliefs(location_MEBD, torch.ones(1, rows, 5), torch.ones(rows)), []
+    for shift in (0.0, 5.0):
+        for values in (data.inputs.z[1], data.inputs.filled[1]):
+            values[part] += shift
+        target = _target(data, 1, torch.arange(rows), torch.ones(rows, 5, dtype=torch.bool))
+        stacks.fit(data.imputer.stack.modalities[1], WHOLE, beliefs, target)
+        said.append(torch.stack(_unseen(data, 1, WHOLE, False, beliefs, target)))
+    moved = (said[0] != said[1]).any(0)
+    assert moved[~part].all() and moved[part].any() == seen
 
 
 # -- members ------------------------------------------------------------------------------------------------------------
