@@ -190,6 +190,21 @@ def test_each_feature_believes_the_vaes_deviations_as_far_as_they_are_true():
     torch.testing.assert_close(found_ED, true_D.expand(2, 3), rtol=0, atol=0.1)
 
 
+def test_the_features_of_a_wide_modality_trust_their_own_experts():
+    """Those in the sample from which the common weights come, and the others."""
+    torch.manual_seed(0)
+    rows, width = 600, WIDE + 40
+    z, even_D = torch.randn(rows, width), torch.arange(width) % 2 == 0
+    known, noise = z + 0.1 * torch.randn(rows, width), torch.randn(2, rows, width)
+    said = beliefs(torch.zeros_like(z), torch.where(even_D, known, noise[0]), torch.where(even_D, noise[1], known), scale=0.5)
+    stack = ModalityStack(2, width)
+    fit(stack, WHOLE, said, truth(z, folds=2))
+    location_EBD, scale_EBD = stack(said, WHOLE)
+    error_ED = (location_EBD - z).square().mean(1)
+    assert error_ED.max() < 0.1, "of common weights alone .5"
+    torch.testing.assert_close(scale_EBD.mean(1), error_ED.sqrt(), rtol=0.25, atol=0)
+
+
 def test_each_kind_of_missingness_has_its_own_parameters():
     stack = ModalityStack(2, 3)
     stack.offset_EGD[:, GAP], stack.offset_EGD[:, WHOLE] = 1.0, 2.0
