@@ -170,11 +170,12 @@ def test_categorical_features_take_no_part():
 # -- wide modalities ----------------------------------------------------------------------------------------------------
 
 WIDTH = gaussian.NARROW + 5
+KINDS = ("real",) * WIDTH
 
 
 def test_components_restore_what_lies_in_their_span():
     z = 0.2 * (torch.randn(60, 3) @ torch.randn(3, WIDTH) + torch.randn(WIDTH))  # as standardised values, less than CLIP
-    component = Components(2, WIDTH, kept=20)
+    component = Components(2, KINDS, kept=20)
     component.fit(1, z)
     torch.testing.assert_close(component.restore(component.scores(z)[..., : component.parts])[1], z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(component.basis_EDQ[1].T @ component.basis_EDQ[1], torch.eye(20), rtol=1e-4, atol=1e-4)
@@ -183,15 +184,26 @@ def test_components_restore_what_lies_in_their_span():
 
 def test_one_absurd_value_of_a_wide_modality_counts_as_far_as_the_clip():
     z = torch.randn(60, WIDTH)
-    component = Components(1, WIDTH, kept=20)
+    component = Components(1, KINDS, kept=20)
     component.fit(0, z)
     wrong, clipped = z.clone(), z.clone()
     wrong[0, 0], clipped[0, 0] = 1e6, gaussian.CLIP
     torch.testing.assert_close(component.scores(wrong), component.scores(clipped))
-    again = Components(1, WIDTH, kept=20)
+    again = Components(1, KINDS, kept=20)
     again.fit(0, wrong)
     component.fit(0, clipped)
     assert torch.equal(again.basis_EDQ, component.basis_EDQ)
+
+
+def test_a_rare_code_of_a_wide_modality_lies_as_far_as_it_does():
+    z = torch.randn(60, WIDTH)
+    z[0, :2] = 10.0  # a code of 1 in 100, and a number
+    component = Components(1, ("binary", *KINDS[1:]), kept=20)
+    component.fit(0, z)
+    torch.testing.assert_close(component.mean_E1D[0, 0, :2] * 60 - z[1:, :2].sum(0), torch.tensor([10.0, gaussian.CLIP]))
+    code, number = (component.scores(z * (torch.arange(WIDTH) == d))[0, 0] + component.mean_E1D[0] @ component.basis_EDQ[0] for d in (0, 1))
+    torch.testing.assert_close(code, 10 * component.basis_EDQ[:1, 0])
+    torch.testing.assert_close(number, gaussian.CLIP * component.basis_EDQ[:1, 1])
 
 
 def test_a_wide_modality_with_gaps_is_known_value_by_value():
@@ -219,7 +231,7 @@ def test_what_was_constant_where_it_was_learnt_does_not_hide_the_rest():
 
 def test_components_are_the_leading_ones():
     z = torch.randn(300, WIDTH) * torch.linspace(1, 0.03, WIDTH)
-    component = Components(1, WIDTH, kept=10)
+    component = Components(1, KINDS, kept=10)
     component.fit(0, z)
     expected = torch.linalg.eigvalsh(z.T.cov(correction=0)).flip(0)[:10]
     torch.testing.assert_close(component.scores(z)[0].var(0, correction=0), expected, rtol=1e-3, atol=1e-3)
@@ -227,7 +239,7 @@ def test_components_are_the_leading_ones():
 
 @pytest.mark.parametrize("rows, kept", [(0, 0), (1, 1), (10, 5)])
 def test_few_records_leave_components_of_zero(rows, kept):
-    component = Components(1, WIDTH, kept=20)
+    component = Components(1, KINDS, kept=20)
     component.fit(0, torch.randn(rows, WIDTH))
     assert torch.isfinite(component.mean_E1D).all()
     assert component.basis_EDQ[0].any(0).tolist() == [True] * kept + [False] * (20 - kept)
